@@ -1,0 +1,60 @@
+# The front door: every target makes its own environment first, and does nothing twice.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: help setup repro test test-fast lint format bench pipelines lock clean clean-all
+
+help:  ## show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; OMRL needs Python 3.11 (set PYTHON=...)" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+setup: $(STAMP)  ## make the environment in .venv
+
+repro: setup  ## rebuild every result of params.yaml and print the table
+	omrl check params.yaml
+	dvc repro
+	@cat reports/results.md
+	@echo "report: reports/index.html"
+
+test: setup  ## the whole test suite, end to end included
+	python -m pytest tests
+
+test-fast: setup  ## unit, property and contract tests only
+	python -m pytest tests -m "not e2e"
+
+lint: setup  ## ruff, format check, types
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: setup  ## format the code
+	ruff format .
+	ruff check --fix .
+
+bench: setup  ## run every benchmark (some minutes)
+	@for file in benchmarks/*.py; do echo "== $$file"; python $$file || exit 1; done
+
+pipelines: setup  ## copy dvc.yaml into every pipelines/<name>/
+	@for folder in pipelines/*/; do cp dvc.yaml $$folder/dvc.yaml; done
+
+lock: setup  ## refresh requirements.lock from what is installed
+	@{ head -n 1 requirements.lock; python -m pip freeze --exclude-editable --disable-pip-version-check | sed 's/+cpu$$//'; } > requirements.lock.new
+	@mv requirements.lock.new requirements.lock
+
+clean:  ## remove caches and unfinished work, keep data and results
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf data/.scratch pipelines/*/data/.scratch
+	find omrl stages tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-all: clean  ## also remove the environment and all built data (the DVC cache stays)
+	rm -rf $(VENV) data pipelines/*/data

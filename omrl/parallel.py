@@ -1,0 +1,126 @@
+"""Independent tasks on the cores that exist, one process each, results on disk.
+
+Workers are spawned, compute with one thread (their bytes must not depend on the machine's core count) and
+die with their parent, so that a killed stage leaves nothing running.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from omrl.errors import UserError, explain
+from omrl.progress import Progress
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask the kernel to kill this process when its parent dies (Linux; elsewhere a no-op)."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)  # the parent died before the request was in force
+
+
+def worker_count(workers: int | None = None) -> int:
+    """Return how many processes to use: ``workers``, else OMRL_WORKERS, else the cores of this machine.
+
+    Raises:
+        UserError: OMRL_WORKERS is not a positive integer.
+    """
+    if workers is not None:
+        return max(1, workers)
+    text = os.environ.get("OMRL_WORKERS", "")
+    if not text:
+        return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"environment variable OMRL_WORKERS = {text!r}: expected a positive integer")
+    return int(text)
+
+
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> str | None:
+    """Run in the worker; return None, or the text of a user error. Other errors travel as exceptions."""
+    try:
+        function(*arguments)
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise RuntimeError("".join(traceback.format_exception(error))) from None
+        return line
+    return None
+
+
+def run_tasks(
+    function: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    workers: int | None = None,
+    description: str = "tasks",
+    finished: int = 0,
+) -> None:
+    """Call ``function(*args)`` for every tuple in ``arguments``, several at a time, each in a worker process.
+
+    Args:
+        function: importable function of picklable arguments; it publishes its own result on disk.
+        arguments: one tuple per task.
+        workers: processes; None for OMRL_WORKERS or the number of cores.
+        description: shown with the progress.
+        finished: tasks of an earlier run, shown as done.
+
+    Raises:
+        UserError: the first one of a worker; tasks that have finished stay finished.
+    """
+    count = min(worker_count(workers), max(1, len(arguments)))
+    with Progress(len(arguments) + finished, description, "tasks") as progress:
+        if finished:
+            progress.skip(finished)
+        if not arguments:
+            return
+        saved = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+        os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))  # read by the libraries when a worker starts
+        try:
+            _run_pool(function, arguments, count, progress)
+        finally:
+            for name, value in saved.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+def _run_pool(
+    function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], count: int, progress: Progress
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, context, initializer=die_with_parent, initargs=(os.getpid(),))
+    pending: set[Future[str | None]] = {pool.submit(_call, function, args) for args in arguments}
+    try:
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                problem = future.result()
+                if problem is not None:
+                    raise UserError(problem)
+                progress.advance()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed (out of memory?); finished tasks are kept, run again, "
+            "with OMRL_WORKERS=1 if memory is short"
+        ) from None
+    finally:
+        for future in pending:
+            future.cancel()
+        processes = list((pool._processes or {}).values()) if pending else []
+        for process in processes:  # a failure or an interrupt: do not wait for the others
+            process.terminate()
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,36 @@
+"""Write a fingerprint of the code of every stage, environment family and algorithm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omrl import registry
+from omrl.errors import UserError, run
+from omrl.files import atomic_dir, write_json
+from omrl.fingerprint import fingerprint
+from stages.params import load
+
+
+def main() -> None:
+    """Write data/code/{stages,envs,algorithms}/<name>.json."""
+    params = load("repository", "algorithms")
+    root = Path(params.repository).resolve()
+    if Path(__file__).resolve().parents[1] != root:
+        raise UserError(
+            f"params.yaml: repository = {params.repository!r}: the installed package is not the one in that "
+            "folder; run 'pip install -e .' in the repository, or correct the path"
+        )
+    with atomic_dir("data/code") as folder:
+        for name in registry.names("stages"):
+            if name != "params":
+                module = name.replace("-", "_")
+                write_json(folder / "stages" / f"{module}.json", fingerprint(f"stages.{module}"))
+        for name in registry.names("omrl.envs"):
+            write_json(folder / "envs" / f"{name}.json", fingerprint(f"omrl.envs.{name.replace('-', '_')}"))
+        for name, entry in params.algorithms.items():
+            module = entry.module(name).replace("-", "_")
+            write_json(folder / "algorithms" / f"{name}.json", fingerprint(f"omrl.algorithms.{module}"))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,48 @@
+"""Write down the cells that params.yaml asks for, and remove outputs of cells it no longer asks for.
+
+Stages that read every cell (dataset, report) depend on the parent folder of the cells. A cell left over from
+earlier params would change that folder's hash, and swapping a dataset level back would then not find the
+earlier result. What is removed here is in DVC's cache: asking for the cell again checks it out.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from omrl.errors import run
+from omrl.files import write_json
+from stages.params import cells, check
+
+
+def prune(folder: Path, keep: set[Path]) -> None:
+    """Remove what lies under ``folder`` and is neither in ``keep`` nor on the way to something in it."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path in keep:
+            continue
+        if any(path in kept.parents for kept in keep):
+            prune(path, keep)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def main() -> None:
+    """Write data/plan/shards.json and data/plan/cells.json; prune."""
+    check()
+    plan = cells()
+    data = Path("data")
+    prune(data / "behavior", {data / "behavior" / shard for shard in plan["shards"]})
+    prune(data / "rollouts", {data / "rollouts" / shard for shard in plan["shards"]})
+    prune(data / "datasets", {data / "datasets" / name for name in plan["datasets"]})
+    evaluations = {
+        data / "evaluations" / c["algorithm"] / c["train"] / c["test"] / str(c["seed"]) for c in plan["evaluations"]
+    }
+    prune(data / "evaluations", evaluations)
+    write_json(data / "plan" / "shards.json", {"shards": plan["shards"]})
+    write_json(data / "plan" / "cells.json", plan)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,38 @@
+"""Sample the tasks: parameters, oracle and random floor of each, and the split."""
+
+from __future__ import annotations
+
+from omrl.errors import run
+from omrl.files import atomic_dir, write_json
+from stages.params import load
+
+
+def main() -> None:
+    """Write data/tasks/all.json and one data/tasks/<shard>.json for each shard.
+
+    A shard's file holds nothing but its own tasks, so that adding tasks leaves it as it was.
+    """
+    params = load("env", "env_config", "tasks", "shards")
+    family, total = params.family, params.tasks.total
+    head = {"env": params.env, "spec": family.spec(), "seed": params.tasks.seed}
+    tasks = [family.sample(index, params.tasks.seed) for index in range(total)]
+    with atomic_dir("data/tasks") as folder:
+        rows = [
+            {
+                "index": index,
+                "split": "train" if index < params.tasks.train else "test",
+                "parameters": task,
+                "oracle_return": family.oracle_return(task),
+                "random_return": family.random_return(task),
+            }
+            for index, task in enumerate(tasks)
+        ]
+        split = {part: [row["index"] for row in rows if row["split"] == part] for part in ("train", "test")}
+        write_json(folder / "all.json", {**head, **split, "tasks": rows})
+        for shard, (first, last) in params.shards.items():
+            members = [{"index": i, "parameters": tasks[i]} for i in range(first, last + 1)]
+            write_json(folder / f"{shard}.json", {**head, "tasks": members})
+
+
+if __name__ == "__main__":
+    run(main)
