@@ -1,0 +1,143 @@
+"""Everything a user can get wrong in params.yaml ends in one line that names key, value and expectation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from omrl.errors import UserError
+from stages import params
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def edit(tmp_path):
+    """Return a function that writes the default params with one key changed and checks them."""
+
+    def check(key: str, value: object, *, remove: bool = False) -> list[str]:
+        values = yaml.safe_load((ROOT / "params.yaml").read_text())
+        place = values
+        *path, last = key.split("/")
+        for step in path:
+            place = place[step]
+        if remove:
+            del place[last]
+        else:
+            place[last] = value
+        file = tmp_path / "params.yaml"
+        file.write_text(yaml.safe_dump(values))
+        return params.check(file)
+
+    return check
+
+
+@pytest.mark.parametrize("file", ["params.yaml", *(str(p.relative_to(ROOT)) for p in ROOT.glob("pipelines/*/params.yaml"))])
+def test_the_params_of_the_project_are_sound(file):
+    cells = params.check(ROOT / file)
+    assert any(cell.startswith("evaluate@") for cell in cells)
+    assert len(cells) <= 60
+
+
+def test_the_cells_are_those_of_the_graph():
+    cells = params.check(ROOT / "params.yaml")
+    assert "meta_train@focal-expert-0" in cells
+    assert "evaluate@focal-relabelled-expert-0" in cells
+    assert "behavior@000-012" in cells
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("behaviour", {}, r"behaviour: unknown key; did you mean 'behavior'\?"),
+        ("env", "sparse-point-robo", r"env = 'sparse-point-robo': unknown environment; did you mean 'sparse-point-robot'"),
+        ("env", 3, r"env = 3: expected a valid string"),
+        ("env_config/radius", -0.2, r"env_config\.radius = -0\.2: expected greater than 0"),
+        ("env_config/sparse_reward", "eq36", r"env_config\.sparse_reward = 'eq36': expected"),
+        ("tasks/train", "20", r"tasks\.train = '20': expected a valid integer"),
+        ("tasks/train", 0, r"tasks\.train = 0: expected greater than or equal to 1"),
+        ("tasks/tets", 5, r"tasks\.tets: unknown key; did you mean 'test'"),
+        ("tasks/test", 6, r"shards leave out tasks 25\.\.25: .*= 26"),
+        ("tasks/test", 4, r"shards\.013-024 ends at task 24, but .*= 24: expected the last index to be 23"),
+        ("tasks/test", 90, r"tasks\.train \+ tasks\.test = 20 \+ 90: expected at most 100"),
+        ("shards/013-024", [12, 24], r"shards\.013-024 = \[12, 24\] overlaps shards\.000-012"),
+        ("shards/013-024", [14, 24], r"shards leave out task 13: expected 0\.\.24"),
+        ("shards/013-024", [24, 13], r"shards\.013-024 = \[24, 13\]: expected \[first, last\]"),
+        ("shards/013-024", "13-24", r"shards\.013-024 = '13-24': expected a valid list"),
+        ("shards", {"A b": [0, 24]}, r"'A b' names a folder"),
+        ("seed", -1, r"seed = -1: expected greater than or equal to 0"),
+        ("behavior/engine", "sb4", r"behavior\.engine = 'sb4': expected 'sb3'"),
+        ("behavior/total_steps", 2001, r"behavior"),
+        ("behavior/sac/gama", 0.9, r"behavior\.sac\.gama: unknown key; did you mean 'gamma'"),
+        ("behavior/sac/gamma", 1.5, r"behavior\.sac\.gamma = 1\.5: expected less than or equal to 1"),
+        ("behavior/sac/learning_rate", "fast", r"behavior\.sac\.learning_rate = 'fast': expected a valid number"),
+        ("rollouts/episodes_per_checkpoint", 0, r"rollouts\.episodes_per_checkpoint = 0: expected greater"),
+        ("dataset/train", ["exprt"], r"dataset\.train has 'exprt': no such dataset; did you mean 'expert'\?"),
+        ("dataset/test", ["expert", "expert"], r"dataset\.test = .*expected each dataset once"),
+        ("dataset/test", [], r"dataset\.test = \[\]: expected"),
+        ("dataset/levels/medium", {"steps": [333]}, r"dataset\.levels\.medium\.steps.*333.*0, 250, 500"),
+        ("dataset/levels/medium", {"band": [0.9, 0.1]}, r"dataset\.levels\.medium"),
+        ("dataset/levels/medium", {"steps": [500], "band": [0, 1]}, r"dataset\.levels\.medium"),
+        ("dataset/transitions_per_task", 10**6, r"dataset\.transitions_per_task = 1000000"),
+        ("relabel/relabelled/source", "best", r"relabel\.relabelled\.source = 'best': not one of dataset\.levels"),
+        ("relabel/expert", {"source": "mixed"}, r"relabel\.expert: the name is taken"),
+        ("algorithms", {}, r"algorithms: expected at least one"),
+        ("algorithms/focall", {}, r"algorithms\.focall: unknown algorithm 'focall': did you mean 'focal'\?"),
+        ("algorithms/mine", {"algorithm": "fokal"}, r"algorithms\.mine\.algorithm = 'fokal': unknown algorithm"),
+        ("algorithms/focal", {"laten_dim": 5}, r"algorithms\.focal\.laten_dim: unknown key; did you mean"),
+        ("meta_train/steps", 0, r"meta_train\.steps = 0: expected greater than or equal to 1"),
+        ("seeds", [], r"seeds = \[\]: expected"),
+        ("seeds", [0, 0], r"seeds = \[0, 0\]: expected each seed once"),
+        ("evaluate/protocol", "offline", r"evaluate\.protocol = 'offline': expected 'offline-context'"),
+        ("report/bootstrap_samples", "lots", r"report\.bootstrap_samples = 'lots': expected a valid integer"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(edit, key, value, message):
+    with pytest.raises(UserError, match=message) as caught:
+        edit(key, value)
+    text = str(caught.value)
+    assert "params.yaml: " in text
+    assert "\n" not in text
+    assert len(text) < 400
+
+
+def test_a_missing_section_is_named(edit):
+    with pytest.raises(UserError, match=r"params\.yaml: dataset: missing"):
+        edit("dataset", None, remove=True)
+
+
+def test_relabelling_needs_tasks_that_differ_in_reward(edit, tmp_path):
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["env"], values["env_config"] = "point-robot-wind", {}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"relabel\.relabelled: tasks of 'point-robot-wind' differ in their dynamics"):
+        params.check(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("env: a\nenv: b\n", r"params\.yaml:2: not valid YAML: key 'env' stands there twice"),
+        ("env: [a\n", r"params\.yaml:\d+: not valid YAML"),
+        ("- 1\n", r"expected a mapping"),
+        ("env: !!python/object/apply:os.system ['touch x']\n", r"not valid YAML"),
+    ],
+)
+def test_broken_yaml_names_the_line(tmp_path, text, message):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        params.read(tmp_path / "params.yaml")
+
+
+def test_a_stage_ends_with_code_2_and_no_traceback(tmp_path):
+    text = (ROOT / "params.yaml").read_text().replace("train: 20", "train: twenty")
+    (tmp_path / "params.yaml").write_text(text)
+    done = subprocess.run([sys.executable, "-m", "stages.tasks"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: params.yaml: tasks.train = 'twenty': expected a valid integer")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "params.yaml"]
