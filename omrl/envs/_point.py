@@ -1,0 +1,216 @@
+"""Mechanics shared by the point robots: a point on the plane that is pushed, no simulator.
+
+The state is kept in float32 and rewards are computed from it as stored, so that relabelling a task with its
+own parameters gives back the stored rewards bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+from pydantic import Field
+
+from omrl import seeding
+from omrl.config import Config
+from omrl.envs.base import Array, BatchEnv, Family, StepResult, Task
+
+STEP = np.float32(0.1)  # length of a full action along an axis, in units of the plane
+_ROLLOUTS = 256  # random rollouts behind the random floor
+_STARTS = 256  # starts behind an average over random starts
+
+
+class PointConfig(Config):
+    """Reward of the point robots.
+
+    Attributes:
+        sparse_reward: with d the distance to the goal and R the radius,
+            ``one-minus-distance``: 1 - d inside the disc, else 0 (FOCAL App. D.2). FOCAL++ Table 1's 12.96 is
+            possible only under this one: the oracle has 13.375, under Eq. 35 only 12.475.
+            ``eq35``: (R - d)/R inside the disc, else 0 (FOCAL++ Eq. 35 with threshold -R).
+        radius: R, in units of the plane: 0.2 in FOCAL Table 4, 0.5 for the relabelled set (FOCAL++ Table 5).
+    """
+
+    sparse_reward: Literal["one-minus-distance", "eq35"] = "one-minus-distance"
+    radius: Annotated[float, Field(gt=0, le=10)] = 0.2
+
+
+def sparsify(dense: Array, config: PointConfig) -> Array:
+    """Return the sparse reward for dense rewards -d, elementwise, float32."""
+    distance = -dense
+    radius = np.float32(config.radius)
+    if config.sparse_reward == "eq35":
+        value = (radius - distance) / radius
+    else:
+        value = np.float32(1.0) - distance
+    return np.where(distance <= radius, value, np.float32(0.0)).astype(np.float32)
+
+
+def push(state: Array, action: Array, wind: Array) -> Array:
+    """Return s' = s + 0.1 clip(a, -1, 1) + wind, float32 [B, 2]."""
+    return state + STEP * np.clip(action, np.float32(-1.0), np.float32(1.0)) + wind
+
+
+def distance_reward(goal: Sequence[float] | Array, next_observation: Array) -> Array:
+    """Return -||s' - goal||, float32 [N]; ``goal`` is [2] or [N, 2]."""
+    offset = next_observation - np.asarray(goal, dtype=np.float32)
+    x, y = offset[:, 0], offset[:, 1]
+    return -np.sqrt(x * x + y * y)
+
+
+@cache
+def legacy_uniform(seed: int, low: float, high: float, count: int) -> NDArray[np.float64]:
+    """Return draws of NumPy's legacy generator, which the released code used; read-only."""
+    values = np.random.RandomState(seed).uniform(low, high, count)  # noqa: NPY002 - the published tasks
+    values.setflags(write=False)
+    return values
+
+
+def order(seed: int, count: int, family: str) -> NDArray[np.int64]:
+    """Return the order in which the tasks of a published grid are visited: a permutation, by seed."""
+    return seeding.generator(seed, "task order", family).permutation(count)
+
+
+class PointBatch(BatchEnv):
+    """Copies of point robots stepping together."""
+
+    def __init__(self, family: PointFamily, tasks: Sequence[Task], copies: int) -> None:
+        self._config = family.point
+        self._random_start = family.random_start
+        self._goal = np.repeat(np.array([t["goal"] for t in tasks], dtype=np.float32), copies, axis=0)
+        wind = np.array([t.get("wind", (0.0, 0.0)) for t in tasks], dtype=np.float32)
+        self._wind = np.repeat(wind, copies, axis=0)
+        self.observation = np.zeros((len(tasks) * copies, 2), dtype=np.float32)
+
+    def reset(self, rngs: Sequence[np.random.Generator] | None = None) -> Array:
+        """Put every copy at its start: the origin, or a draw from its stream."""
+        if self._random_start:
+            if rngs is None or len(rngs) != len(self.observation):
+                raise ValueError("starts are random here: reset needs one generator per copy")
+            self.observation = np.stack([draw_start(rng) for rng in rngs])
+        else:
+            self.observation = np.zeros_like(self.observation)
+        return self.observation
+
+    def step(self, actions: Array) -> StepResult:
+        """Push every copy once."""
+        self.observation = push(self.observation, actions, self._wind)
+        dense = distance_reward(self._goal, self.observation)
+        rows = len(dense)
+        return StepResult(
+            self.observation,
+            dense,
+            sparsify(dense, self._config),
+            np.zeros(rows, dtype=np.bool_),
+            np.zeros((rows, 0), dtype=np.float32),
+        )
+
+
+def draw_start(rng: np.random.Generator) -> Array:
+    """Return a start on [-1, 1]^2."""
+    return rng.uniform(-1.0, 1.0, 2).astype(np.float32)
+
+
+class PointEnv(gymnasium.Env[Any, Any]):
+    """The single form: a batch of one, with the Gymnasium interface."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    family: ClassVar[type[PointFamily]]
+
+    def __init__(self, task: Task | None = None, config: dict[str, Any] | None = None) -> None:
+        self._family = self.family(PointConfig(**(config or {})))
+        self.task = task if task is not None else self._family.sample(0, 1337)
+        self._batch = PointBatch(self._family, [self.task], 1)
+        self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        """Start an episode."""
+        super().reset(seed=seed)
+        return self._batch.reset([self.np_random])[0].copy(), {}
+
+    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        """Push once; ``info["sparse_reward"]`` is the sparse reward."""
+        result = self._batch.step(np.asarray(action, dtype=np.float32)[None])
+        info = {"sparse_reward": float(result.sparse_reward[0])}
+        return result.next_observation[0].copy(), float(result.reward[0]), False, False, info
+
+
+class PointFamily(Family):
+    """Point robots: rewards, controllers with known returns, pictures of the plane."""
+
+    CONFIG: ClassVar[type[Config]] = PointConfig
+    observation_size = 2
+    action_size = 2
+    horizon = 20
+    random_start: ClassVar[bool] = False
+    varies = "reward"
+    returns = "dense"
+    context_next_observation = False
+    capacity: ClassVar[int | None] = None
+
+    @property
+    def point(self) -> PointConfig:
+        """The configuration, by its own type."""
+        if not isinstance(self.config, PointConfig):
+            raise TypeError(f"expected a PointConfig, got {type(self.config).__name__}")
+        return self.config
+
+    def reward(
+        self, task: Task, observation: Array, action: Array, next_observation: Array, features: Array
+    ) -> tuple[Array, Array]:
+        """Return -||s' - goal|| and its sparse version, on the state after the move (FOCAL App. D.2)."""
+        dense = distance_reward(task["goal"], next_observation)
+        return dense, sparsify(dense, self.point)
+
+    def batch(self, tasks: Sequence[Task], copies: int = 1) -> PointBatch:
+        """Return ``len(tasks) * copies`` robots that step together."""
+        return PointBatch(self, tasks, copies)
+
+    def _starts(self) -> list[np.random.Generator] | None:
+        count = _STARTS if self.random_start else 1
+        return [seeding.generator(0, self.name, "start", i) for i in range(count)]
+
+    def controlled_return(self, task: Task, believed_wind: Sequence[float], horizon: int | None = None) -> float:
+        """Return what the greedy controller collects that believes in ``believed_wind``.
+
+        It moves along each axis as far as it can towards the goal. With the true wind that is optimal: it
+        minimizes |dx| and |dy| at every step. Where starts are random, the mean over 256 fixed starts.
+        """
+        starts = self._starts() or []
+        env = self.batch([task], len(starts))
+        env.reset(starts)
+        goal = np.array(task["goal"], dtype=np.float32)
+        wind = np.array(believed_wind, dtype=np.float32)
+        total = np.zeros(len(starts))
+        for _ in range(horizon or self.horizon):
+            result = env.step((goal - env.observation - wind) / STEP)
+            total += result.sparse_reward if self.returns == "sparse" else result.reward
+        return float(total.mean())
+
+    def oracle_return(self, task: Task) -> float:
+        """Return the optimal return (see ``controlled_return``)."""
+        return self.controlled_return(task, task.get("wind", (0.0, 0.0)))
+
+    def random_return(self, task: Task) -> float:
+        """Return the mean over 256 rollouts of uniform random actions from a fixed stream."""
+        rng = seeding.generator(0, self.name, "random floor")
+        starts = [seeding.generator(0, self.name, "random start", i) for i in range(_ROLLOUTS)]
+        env = self.batch([task], _ROLLOUTS)
+        env.reset(starts if self.random_start else None)
+        total = np.zeros(_ROLLOUTS)
+        for _ in range(self.horizon):
+            result = env.step(rng.uniform(-1.0, 1.0, (_ROLLOUTS, 2)).astype(np.float32))
+            total += result.sparse_reward if self.returns == "sparse" else result.reward
+        return float(total.mean())
+
+    def plane(self, task: Task) -> dict[str, Any]:
+        """Return goal and reward disc for a picture of the plane."""
+        return {"goal": list(task["goal"]), "radius": self.point.radius if self.returns == "sparse" else None}

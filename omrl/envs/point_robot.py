@@ -1,0 +1,39 @@
+"""Point-Robot: reach a hidden goal in a square from a random start; dense reward.
+
+Observation (2, float32): x and y of the robot, unbounded, in units of the plane; an episode starts uniformly
+on [-1, 1]^2. Action (2, float32, [-1, 1]): push along x and y, scaled to [-0.1, 0.1] units per step. Reward:
+minus the distance to the goal after the move; the sparse version of ``PointConfig`` is stored beside it. No
+termination; 20 steps.
+
+Tasks: goals uniform on [-1, 1]^2 from NumPy's legacy generator with seed 1337, x and y drawn in turn per
+task, as in the released code; ``tasks.seed`` is that seed. Task i does not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+from omrl.envs._point import PointEnv, PointFamily, legacy_uniform
+from omrl.envs.base import Task
+
+
+class PointRobot(PointFamily):
+    """Goals in a square, random starts, dense return."""
+
+    name = "point-robot"
+    env_id = "OMRL/PointRobot-v0"
+    random_start = True
+
+    def sample(self, index: int, seed: int) -> Task:
+        """Return the goal of task ``index``: the legacy stream's draws 2 index and 2 index + 1."""
+        self._check_index(index)
+        x, y = legacy_uniform(seed, -1.0, 1.0, 2 * (index + 1))[-2:]
+        return {"goal": [float(x), float(y)]}
+
+
+class PointRobotEnv(PointEnv):
+    """Gymnasium form of ``PointRobot``."""
+
+    family = PointRobot
+
+
+FAMILY = PointRobot
+ENV = PointRobotEnv
