@@ -1,0 +1,1 @@
+"""Behavior policies: one SAC policy per task, the source of every dataset."""

@@ -1,0 +1,135 @@
+"""The ``sb3`` engine: ``stable_baselines3.SAC``, one process per task. The only module that imports it.
+
+The policy is trained on the dense reward (the sparse one is never seen: FOCAL's behavior policies were
+trained so, and SAC fails on it); ends by time limit are not terminal.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3 import SAC
+from stable_baselines3.common.logger import Logger
+
+from omrl import seeding
+from omrl.behavior.base import PROGRESS, BehaviorConfig, checkpoint_name
+from omrl.envs.base import Family, Task, load_family
+from omrl.files import atomic_dir, atomic_path, package_versions, write_text
+
+_EVALUATION_EPISODES = 5
+_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+# what depends on the clock or on the moment of saving; SAC.load gives each its initial value
+_VOLATILE = [
+    "start_time",
+    "ep_info_buffer",
+    "ep_success_buffer",
+    "_last_obs",
+    "_last_episode_starts",
+    "_last_original_obs",
+]
+
+
+def save_checkpoint(model: SAC, path: str | Path) -> None:
+    """Write ``model`` as a standard SB3 zip whose bytes depend on the model alone.
+
+    SB3 itself stamps entry dates, the start time, episode wall times, a description of the machine, and, in
+    comments that loading ignores, memory addresses. The optimizers' states are kept (they double the file):
+    ``SAC.load`` insists on them, and training can be continued.
+    """
+    buffer = io.BytesIO()
+    model.save(buffer, exclude=_VOLATILE)
+    with (
+        zipfile.ZipFile(buffer) as source,
+        atomic_path(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as target,
+    ):
+        for name in sorted(source.namelist()):
+            content = source.read(name)
+            if name == "data":
+                content = _canonical_data(content)
+            elif name == "system_info.txt":
+                versions = package_versions("gymnasium", "numpy", "stable_baselines3", "torch")
+                content = "".join(f"- {key}: {value}\n" for key, value in versions.items()).encode()
+            target.writestr(zipfile.ZipInfo(name, _ZIP_DATE), content)
+
+
+def _canonical_data(content: bytes) -> bytes:
+    data = json.loads(content)
+    for key, value in data.items():
+        if isinstance(value, dict) and ":serialized:" in value:
+            data[key] = {":type:": value[":type:"], ":serialized:": value[":serialized:"]}
+    return json.dumps(data, sort_keys=True, indent=1).encode()
+
+
+def make_model(family: Family, task: Task, config: BehaviorConfig, seed: int) -> SAC:
+    """Return an untrained SAC for ``task`` on the CPU."""
+    sac = config.sac
+    return SAC(
+        "MlpPolicy",
+        family.make(task, config.horizon),
+        learning_rate=sac.learning_rate,
+        buffer_size=sac.buffer_size or config.total_steps,
+        learning_starts=sac.learning_starts,
+        batch_size=sac.batch_size,
+        tau=sac.tau,
+        gamma=sac.gamma,
+        train_freq=sac.train_freq,
+        gradient_steps=sac.gradient_steps,
+        ent_coef=sac.ent_coef,
+        policy_kwargs={"net_arch": list(sac.net_arch)},
+        seed=seed,
+        device="cpu",
+    )
+
+
+def train_task(
+    env: str, env_config: dict[str, Any], task: Task, config: dict[str, Any], seed: int, folder: str
+) -> None:
+    """Train one task's policy and publish ``folder`` with its checkpoints and ``progress.csv``.
+
+    Args:
+        env: family name.
+        env_config: its configuration.
+        task: the task's parameters.
+        config: a resolved ``BehaviorConfig``.
+        seed: of this run.
+        folder: where the finished work goes, by one rename.
+    """
+    torch.set_num_threads(1)  # one and two threads give different weights
+    family = load_family(env, env_config)
+    behavior = BehaviorConfig.model_validate(config)
+    model = make_model(family, task, behavior, seed)
+    model.set_logger(Logger(folder=None, output_formats=[]))
+    rows = ["step,gradient_steps,return,actor_loss,critic_loss,ent_coef"]
+    with atomic_dir(folder) as work:
+        for step in behavior.checkpoint_steps():
+            if step:
+                model.learn(behavior.checkpoint_every, log_interval=None, reset_num_timesteps=False)
+            save_checkpoint(model, work / checkpoint_name(step))
+            losses = (model.logger.name_to_value.get(f"train/{k}") for k in ("actor_loss", "critic_loss", "ent_coef"))
+            value = evaluate(model, family, task, seed)
+            shown = ["" if x is None or not math.isfinite(x) else f"{x:.9g}" for x in (value, *losses)]
+            rows.append(",".join([str(step), str(model._n_updates), *shown]))
+        write_text(work / PROGRESS, "\n".join(rows) + "\n")
+
+
+def evaluate(model: SAC, family: Family, task: Task, seed: int) -> float:
+    """Return the mean reported return of the deterministic policy over a few test episodes."""
+    env = family.batch([task], _EVALUATION_EPISODES)
+    rngs = [seeding.generator(seed, "progress", i) for i in range(_EVALUATION_EPISODES)]
+    observation = env.reset(rngs)
+    total, alive = np.zeros(_EVALUATION_EPISODES), np.ones(_EVALUATION_EPISODES, dtype=bool)
+    for _ in range(family.horizon):
+        action, _ = model.predict(observation, deterministic=True)
+        result = env.step(action)
+        total += alive * (result.sparse_reward if family.returns == "sparse" else result.reward)
+        alive &= ~result.terminated
+        observation = result.next_observation
+    return float(total.mean())

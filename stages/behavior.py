@@ -1,0 +1,30 @@
+"""Train the behavior policies of one shard of tasks."""
+
+from __future__ import annotations
+
+import sys
+
+from omrl.behavior.base import build_shard
+from omrl.behavior.sb3 import train_task
+from omrl.errors import run
+from stages.params import load
+
+
+def main() -> None:
+    """Write data/behavior/<shard>/."""
+    (shard,) = sys.argv[1:]
+    params = load("env", "env_config", "seed", "behavior")
+    build_shard(
+        train_task,
+        shard=shard,
+        env=params.env,
+        env_config=params.env_config,
+        config=params.behavior,
+        seed=params.seed,
+        code=["data/code/stages/behavior.json", f"data/code/envs/{params.env}.json"],
+        target=f"data/behavior/{shard}",
+    )
+
+
+if __name__ == "__main__":
+    run(main)
