@@ -202,11 +202,17 @@ def check(path: str | Path = FILE) -> list[str]:
     levels = importlib.import_module("omrl.datasets.quality")
     levels.check_levels(
         dataset.levels,
-        values.behavior.checkpoint_steps(),
-        values.rollouts.rows_per_checkpoint(),
+        values.rollouts.checkpoint_steps(values.behavior.checkpoint_steps()),
+        values.rollouts.episodes_per_checkpoint * values.rollouts.horizon,
+        values.rollouts.deterministic_episodes * values.rollouts.horizon,
         dataset.transitions_per_task,
         where=f"{path}: dataset",
     )
+    if values.rollouts.horizon < family.horizon:
+        raise UserError(
+            f"{path}: rollouts.horizon = {values.rollouts.horizon}: expected at least {family.horizon}, the steps of "
+            f"a test episode of '{top.env}', over which returns are normalized"
+        )
     for name, entry in values.relabel.items():
         key = f"{path}: relabel.{name}"
         if name in dataset.levels:

@@ -17,7 +17,7 @@ FLOORS = [
     r"omrl\.(nets|encoders)",
     r"omrl\.actor_critic",
     r"omrl\.(behavior|algorithms)(\..*)?",
-    r"omrl\.(rollouts|training|evaluation)",
+    r"omrl\.(rollouts|cutting|training|evaluation)",
     r"omrl\.(statistics|lineage|verify)",
     r"omrl\.report(\..*)?",
     r"omrl\.cli",

@@ -1,0 +1,201 @@
+"""From rollouts to datasets: quality levels and relabelled sets, with their cards and manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omrl.config import parse
+from omrl.datasets import quality, relabel
+from omrl.datasets.card import CardBuilder
+from omrl.datasets.parquet import read_footer, read_table, read_transitions, verified, write_transitions
+from omrl.datasets.schema import Columns, from_table
+from omrl.envs.base import Family
+from omrl.errors import UserError
+from omrl.files import atomic_dir, input_hashes, read_json, sha256, write_json, write_manifest
+from omrl.progress import Progress
+from omrl.rollouts import EPISODES
+
+CARD = "card.json"
+
+
+def task_file(task: int) -> str:
+    """Return the file name of a task's transitions: ``task=003.parquet``."""
+    return f"task={task:03d}.parquet"
+
+
+def _episode_returns(episodes: Columns, columns: Columns) -> list[tuple[int, float]]:
+    """Return (checkpoint, return) of the episodes that have rows in ``columns``."""
+    present = np.unique(np.stack([columns["checkpoint"], columns["episode"]], axis=1), axis=0)
+    table = {
+        (int(c), int(e)): float(r)
+        for c, e, r in zip(episodes["checkpoint"], episodes["episode"], episodes["return"], strict=True)
+    }
+    return [(int(c), table[int(c), int(e)]) for c, e in present]
+
+
+def build_level(
+    *,
+    name: str,
+    level: quality.LevelConfig,
+    rows: int,
+    family: Family,
+    seed: int,
+    shards: dict[str, list[int]],
+    code: Sequence[str],
+    target: str | Path,
+) -> None:
+    """Cut one quality level from the rollouts of all shards.
+
+    Args:
+        name: of the level.
+        level: its definition.
+        rows: transitions per task.
+        family: environment.
+        seed: root seed.
+        shards: name -> [first, last] task.
+        code: fingerprint files this depends on.
+        target: ``data/datasets/<name>``.
+
+    Raises:
+        UserError: the rollouts cannot give this level, or a file is damaged.
+    """
+    rows_of = {row["index"]: row for row in read_json("data/tasks/all.json")["tasks"]}
+    sources = [f"data/rollouts/{shard}" for shard in shards]
+    card = CardBuilder(name, "level", level.resolved())
+    with atomic_dir(target) as folder, Progress(len(rows_of), f"dataset {name}", "tasks") as progress:
+        for shard, (first, last) in shards.items():
+            source = Path("data/rollouts") / shard
+            names = [task_file(task) for task in range(first, last + 1)]
+            paths = verified(source, [*names, EPISODES])
+            episodes = from_table(read_table(paths[-1]))
+            for task, path in zip(range(first, last + 1), paths, strict=False):
+                own = {key: values[episodes["task"] == task] for key, values in episodes.items()}
+                normalized = _normalized_means(own, family, rows_of[task])
+                checkpoints = quality.choose_checkpoints(name, level, task, normalized)
+                rng = quality.level_stream(seed, family.name, name, task)
+                what = f"level '{name}' of task {task}"
+                columns = quality.select(read_transitions(path), checkpoints, rows, level, rng, what)
+                footer = read_footer(path)
+                footer["parameters"] = {**footer["parameters"], "level": name, "definition": level.resolved()}
+                footer["checkpoints"] = {str(step): footer["checkpoints"][str(step)] for step in checkpoints}
+                write_transitions(folder / task_file(task), columns, _without_version(footer))
+                returns = [
+                    (step, value, float(family.normalize(rows_of[task], value)))
+                    for step, value in _episode_returns(own, columns)
+                ]
+                card.add(columns, returns)
+                progress.advance()
+        _publish(
+            folder,
+            kind="dataset",
+            inputs=input_hashes("data/tasks/all.json", *sources, *code),
+            parameters={"name": name, "level": level.resolved(), "transitions_per_task": rows, "seed": seed},
+            tasks=sorted(rows_of),
+            rows=rows,
+            card=card,
+        )
+
+
+def _normalized_means(episodes: Columns, family: Family, row: dict[str, Any]) -> dict[int, float]:
+    """Return checkpoint -> mean normalized return of its episodes with sampled actions."""
+    sampled = ~episodes["deterministic"]
+    steps: NDArray[np.int32] = np.unique(episodes["checkpoint"])
+    return {
+        int(step): float(
+            family.normalize(row, episodes["return"][sampled & (episodes["checkpoint"] == step)].mean())
+        )
+        for step in steps
+    }
+
+
+def build_relabelled(
+    *,
+    name: str,
+    config: relabel.RelabelConfig,
+    rows: int,
+    family: Family,
+    seed: int,
+    code: Sequence[str],
+    target: str | Path,
+) -> None:
+    """Build one relabelled set from a quality level.
+
+    Args:
+        name: of the set.
+        config: its definition.
+        rows: transitions per task.
+        family: environment; the set's radius and form of the sparse reward replace its own.
+        seed: root seed.
+        code: fingerprint files this depends on.
+        target: ``data/datasets/<name>``.
+
+    Raises:
+        UserError: tasks differ in their dynamics, the source is too small or damaged.
+    """
+    if family.varies != "reward":
+        raise UserError(
+            f"params.yaml: relabel.{name}: tasks of '{family.name}' differ in their dynamics, so a transition of "
+            "one is impossible in another; expected 'relabel: {}'"
+        )
+    own = type(family)(
+        parse(family.CONFIG, {**family.config.resolved(), **config.overrides()}, f"params.yaml: relabel.{name}")
+    )
+    tasks = read_json("data/tasks/all.json")["tasks"]
+    source = Path("data/datasets") / config.source
+    paths = verified(source, [task_file(t["index"]) for t in tasks])
+    parts = {t["index"]: read_transitions(path) for t, path in zip(tasks, paths, strict=True)}
+    merged = relabel.merge(parts, rows, relabel.merge_stream(seed, family.name, name))
+    checkpoints = {
+        str(t["index"]): read_footer(path)["checkpoints"] for t, path in zip(tasks, paths, strict=True)
+    }
+    card = CardBuilder(name, "relabelled", config.resolved())
+    with atomic_dir(target) as folder, Progress(len(tasks), f"relabel {name}", "tasks") as progress:
+        for t in tasks:
+            columns = relabel.relabel_rows(merged, t["index"], t["parameters"], own.reward)
+            footer = {
+                "environment": own.spec(),
+                "task": t["parameters"],
+                "checkpoints_of_source_tasks": checkpoints,
+                "parameters": {"relabel": config.resolved(), "seed": seed},
+            }
+            write_transitions(folder / task_file(t["index"]), columns, footer)
+            card.add(columns)
+            progress.advance()
+        _publish(
+            folder,
+            kind="relabelled",
+            inputs=input_hashes("data/tasks/all.json", source, *code),
+            parameters={"name": name, "relabel": config.resolved(), "transitions_per_task": rows, "seed": seed},
+            tasks=[t["index"] for t in tasks],
+            rows=rows,
+            card=card,
+        )
+
+
+def _without_version(footer: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in footer.items() if key != "schema_version"}
+
+
+def _publish(
+    folder: Path,
+    *,
+    kind: str,
+    inputs: dict[str, str],
+    parameters: dict[str, Any],
+    tasks: list[int],
+    rows: int,
+    card: CardBuilder,
+) -> None:
+    write_json(folder / CARD, card.card({task_file(t): sha256(folder / task_file(t)) for t in tasks}))
+    write_manifest(
+        folder,
+        kind=kind,
+        inputs=inputs,
+        parameters=parameters,
+        files={CARD: None, **{task_file(t): rows for t in tasks}},
+    )

@@ -1,0 +1,1 @@
+"""Transitions on disk: schema, quality levels, relabelling, buffers."""

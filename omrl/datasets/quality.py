@@ -1,0 +1,196 @@
+"""Quality levels: which checkpoints' episodes make a dataset.
+
+The papers name random, medium, expert and mixed and never define them. In the released FOCAL code a level is
+a SAC step ("random" is an early checkpoint, not random actions) and "mixed" is all of them. Here a level is
+written down: by step, or by a band of normalized return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator, model_validator
+
+from omrl import seeding
+from omrl.config import Config
+from omrl.datasets.schema import Columns, take
+from omrl.errors import UserError
+
+
+class LevelConfig(Config):
+    """One quality level: either ``steps`` or ``band``.
+
+    Attributes:
+        steps: SAC steps of the checkpoints, or ``all``.
+        band: [low, high] of a checkpoint's mean normalized return (0 random, 1 oracle), chosen per task.
+        deterministic: also take episodes with mean actions.
+    """
+
+    steps: Literal["all"] | list[int] | None = None
+    band: list[float] | None = None
+    deterministic: bool = False
+
+    @model_validator(mode="after")
+    def _one(self) -> LevelConfig:
+        if (self.steps is None) == (self.band is None):
+            raise ValueError("expected either steps (a list of SAC steps, or all) or band ([low, high])")
+        if self.band is not None and (len(self.band) != 2 or self.band[0] > self.band[1]):
+            raise ValueError(f"band = {self.band}: expected [low, high] of normalized return with low <= high")
+        if isinstance(self.steps, list) and (not self.steps or len(set(self.steps)) != len(self.steps)):
+            raise ValueError(f"steps = {self.steps}: expected different SAC steps, at least one")
+        return self
+
+
+class DatasetConfig(Config):
+    """Section ``dataset``.
+
+    Attributes:
+        train: datasets to meta-train on, one cell each.
+        test: datasets that the context of the test tasks comes from.
+        transitions_per_task: rows of every task in every dataset.
+        levels: name -> definition.
+    """
+
+    train: Annotated[list[str], Field(min_length=1)]
+    test: Annotated[list[str], Field(min_length=1)]
+    transitions_per_task: Annotated[int, Field(ge=1)] = 10000
+    levels: dict[str, LevelConfig]
+
+    @field_validator("levels")
+    @classmethod
+    def _some(cls, value: dict[str, LevelConfig]) -> dict[str, LevelConfig]:
+        for name in value:
+            if not name.replace("-", "").isalnum() or name != name.lower():
+                raise ValueError(f"{name!r} names a folder, use lower-case letters, digits and '-'")
+        if not value:
+            raise ValueError("expected at least one level")
+        return value
+
+
+def check_levels(
+    levels: Mapping[str, LevelConfig],
+    checkpoint_steps: Sequence[int],
+    sampled: int,
+    deterministic: int,
+    transitions_per_task: int,
+    where: str,
+) -> None:
+    """Refuse levels that the rollouts cannot produce, before anything is trained.
+
+    Args:
+        levels: the levels by name.
+        checkpoint_steps: SAC steps that are rolled out.
+        sampled: rows of one checkpoint's episodes with sampled actions (an upper bound: episodes may end early).
+        deterministic: the same with mean actions.
+        transitions_per_task: rows wanted.
+        where: prefix of messages.
+
+    Raises:
+        UserError: a step that is not rolled out, or more rows than there can be.
+    """
+    for name, level in levels.items():
+        steps = list(checkpoint_steps) if level.steps in ("all", None) else list(level.steps or ())
+        for step in steps:
+            if step not in checkpoint_steps:
+                raise UserError(
+                    f"{where}.levels.{name}.steps has {step}: no such checkpoint is rolled out; "
+                    f"expected some of {_shown(checkpoint_steps)}"
+                )
+        rows = len(steps) * (sampled + (deterministic if level.deterministic else 0))
+        if rows < transitions_per_task:
+            raise UserError(
+                f"{where}.transitions_per_task = {transitions_per_task}: level '{name}' has at most {rows} per task; "
+                "raise rollouts.episodes_per_checkpoint or rollouts.horizon, or lower it"
+            )
+
+
+def _shown(steps: Sequence[int]) -> str:
+    if len(steps) > 12:
+        return f"{steps[0]}, {steps[1]}, {steps[2]}, ..., {steps[-1]}"
+    return ", ".join(map(str, steps))
+
+
+def choose_checkpoints(name: str, level: LevelConfig, task: int, normalized: Mapping[int, float]) -> list[int]:
+    """Return the checkpoint steps of a level for one task.
+
+    Args:
+        name: of the level, for messages.
+        level: its definition.
+        task: index, for messages.
+        normalized: step -> mean normalized return of that checkpoint's sampled episodes.
+
+    Raises:
+        UserError: a step is not in the rollouts, or no checkpoint falls in the band.
+    """
+    steps = sorted(normalized)
+    if level.steps == "all":
+        return steps
+    if level.steps is not None:
+        for step in level.steps:
+            if step not in normalized:
+                raise UserError(
+                    f"params.yaml: dataset.levels.{name}.steps has {step}: the rollouts of task {task} have "
+                    f"{_shown(steps)}"
+                )
+        return sorted(level.steps)
+    low, high = level.band or (0.0, 0.0)
+    found = [step for step in steps if low <= normalized[step] <= high]
+    if not found:
+        reached = ", ".join(f"{step}: {normalized[step]:.2f}" for step in steps)
+        raise UserError(
+            f"params.yaml: dataset.levels.{name}.band = [{low}, {high}]: no checkpoint of task {task} has a mean "
+            f"normalized return in it; they have {reached}"
+        )
+    return found
+
+
+def select(
+    columns: Columns, checkpoints: Sequence[int], rows: int, level: LevelConfig, rng: np.random.Generator, what: str
+) -> Columns:
+    """Return exactly ``rows`` transitions of the given checkpoints, in the order of the file.
+
+    Whole episodes are drawn in a seeded order, in turn over the checkpoints so that each contributes the
+    same; the last episode is cut at its end.
+
+    Raises:
+        UserError: there are fewer transitions than ``rows``.
+    """
+    usable = np.isin(columns["checkpoint"], list(checkpoints))
+    if not level.deterministic:
+        usable &= ~columns["deterministic"]
+    if int(usable.sum()) < rows:
+        raise UserError(
+            f"params.yaml: dataset.transitions_per_task = {rows}: {what} has only {int(usable.sum())} transitions; "
+            "raise rollouts.episodes_per_checkpoint or lower it"
+        )
+    index = np.flatnonzero(usable)
+    checkpoint, episode = columns["checkpoint"][index], columns["episode"][index]
+    starts = np.flatnonzero(np.r_[True, (checkpoint[1:] != checkpoint[:-1]) | (episode[1:] != episode[:-1])])
+    lengths = np.diff(np.r_[starts, len(index)])
+    chosen: list[NDArray[np.int64]] = []
+    missing = rows
+    for place in _in_turn(checkpoint[starts], rng):
+        take_rows = min(int(lengths[place]), missing)
+        chosen.append(index[starts[place] : starts[place] + take_rows])
+        missing -= take_rows
+        if not missing:
+            break
+    return take(columns, np.sort(np.concatenate(chosen)))
+
+
+def _in_turn(checkpoints: NDArray[Any], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return a random order of episodes in which the checkpoints take turns."""
+    draw = rng.random(len(checkpoints))
+    turn = np.zeros(len(checkpoints), dtype=np.int64)
+    for step in np.unique(checkpoints):
+        members = np.flatnonzero(checkpoints == step)
+        turn[members[np.argsort(draw[members])]] = np.arange(len(members))
+    return np.lexsort((draw, turn))
+
+
+def level_stream(seed: int, env: str, level: str, task: int) -> np.random.Generator:
+    """Return the stream that draws a task's episodes for a level."""
+    return seeding.generator(seed, "dataset", env, level, task)

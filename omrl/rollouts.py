@@ -1,0 +1,294 @@
+"""Rollouts: every checkpoint of a behavior policy acts, all its episodes at once; transitions to Parquet."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, field_validator
+
+from omrl import seeding
+from omrl.behavior.base import checkpoint_name, task_folder
+from omrl.config import Config
+from omrl.datasets.parquet import read_table, write_table, write_transitions
+from omrl.datasets.schema import Columns, concatenate
+from omrl.envs.base import Family, Task, load_family
+from omrl.errors import UserError
+from omrl.files import atomic_dir, input_hashes, read_json, scratch, sha256, write_manifest
+from omrl.parallel import run_tasks
+
+if TYPE_CHECKING:
+    from omrl.behavior.checkpoints import Actor
+
+EPISODES = "episodes.parquet"
+
+
+class RolloutsConfig(Config):
+    """Section ``rollouts``.
+
+    Attributes:
+        steps: SAC steps of the checkpoints that act, or ``all``.
+        episodes_per_checkpoint: with sampled actions.
+        deterministic_episodes: with mean actions, numbered after the sampled ones.
+        horizon: steps of an episode.
+    """
+
+    steps: Literal["all"] | list[int] = "all"
+    episodes_per_checkpoint: Annotated[int, Field(ge=1, le=100_000)] = 50
+    deterministic_episodes: Annotated[int, Field(ge=0, le=100_000)] = 1
+    horizon: Annotated[int, Field(ge=1, le=100_000)] = 200
+
+    @field_validator("steps")
+    @classmethod
+    def _some(cls, value: str | list[int]) -> str | list[int]:
+        if isinstance(value, list) and (not value or sorted(set(value)) != value):
+            raise ValueError("expected 'all', or SAC steps in rising order")
+        return value
+
+    def checkpoint_steps(self, saved: list[int]) -> list[int]:
+        """Return the steps that act, of those that behavior training saves.
+
+        Raises:
+            UserError: one of them is not saved.
+        """
+        if self.steps == "all":
+            return saved
+        for step in self.steps:
+            if step not in saved:
+                raise UserError(
+                    f"params.yaml: rollouts.steps has {step}: behavior training saves no such checkpoint; expected "
+                    f"multiples of behavior.checkpoint_every up to {saved[-1]}"
+                )
+        return [int(step) for step in self.steps]
+
+
+def rollout(
+    actor: Actor,
+    family: Family,
+    task: Task,
+    *,
+    index: int,
+    checkpoint: int,
+    config: RolloutsConfig,
+    seed: int,
+) -> tuple[Columns, Columns]:
+    """Let one checkpoint act in all its episodes at once.
+
+    Args:
+        actor: the policy.
+        family: environment.
+        task: its parameters.
+        index: task index, for the columns.
+        checkpoint: SAC step, for the columns.
+        config: how many episodes, how long.
+        seed: of this checkpoint's rollouts.
+
+    Returns:
+        The transitions, ordered by (episode, step), and one row per episode. An episode's ``return`` is the
+        reported return of its first ``family.horizon`` steps, the length of a test episode.
+    """
+    sampled, steps = config.episodes_per_checkpoint, config.horizon
+    episodes = sampled + config.deterministic_episodes
+    noise = seeding.generator(seed, "noise").standard_normal((steps, sampled, family.action_size), dtype=np.float32)
+    env = family.batch([task], episodes)
+    observation = env.reset([seeding.generator(seed, "start", i) for i in range(episodes)])
+    if actor.observation_size != family.observation_size:
+        raise UserError(
+            f"checkpoint of step {checkpoint}: its policy sees {actor.observation_size} numbers, expected "
+            f"{family.observation_size} for '{family.name}'"
+        )
+
+    def empty(*width: int) -> Any:
+        return np.empty((episodes, steps, *width), dtype=np.float32)
+
+    store = {
+        "observation": empty(family.observation_size),
+        "action": empty(family.action_size),
+        "reward": empty(),
+        "sparse_reward": empty(),
+        "next_observation": empty(family.observation_size),
+        "reward_features": empty(family.feature_size),
+    }
+    terminated = np.zeros((episodes, steps), dtype=np.bool_)
+    valid = np.zeros((episodes, steps), dtype=np.bool_)
+    alive = np.ones(episodes, dtype=np.bool_)
+    for t in range(steps):
+        action = np.empty((episodes, family.action_size), dtype=np.float32)
+        action[:sampled] = actor.sample(observation[:sampled], noise[t])
+        if sampled < episodes:
+            action[sampled:] = actor.mean_action(observation[sampled:])
+        result = env.step(action)
+        store["observation"][:, t] = observation
+        store["action"][:, t] = action
+        store["reward"][:, t] = result.reward
+        store["sparse_reward"][:, t] = result.sparse_reward
+        store["next_observation"][:, t] = result.next_observation
+        store["reward_features"][:, t] = result.features
+        valid[:, t] = alive
+        terminated[:, t] = result.terminated & alive
+        alive &= ~result.terminated
+        observation = result.next_observation
+        if not alive.any():
+            break
+    flat = valid.reshape(-1)
+    rows = int(flat.sum())
+    episode, step = (grid.reshape(-1)[flat] for grid in np.indices((episodes, steps), dtype=np.int32))
+    truncated = np.zeros((episodes, steps), dtype=np.bool_)
+    truncated[:, -1] = valid[:, -1] & ~terminated[:, -1]
+    columns: Columns = {name: values.reshape(episodes * steps, *values.shape[2:])[flat] for name, values in store.items()}
+    columns |= {
+        "task": np.full(rows, index, dtype=np.int32),
+        "source_task": np.full(rows, index, dtype=np.int32),
+        "checkpoint": np.full(rows, checkpoint, dtype=np.int32),
+        "episode": episode,
+        "step": step,
+        "deterministic": episode >= sampled,
+        "terminated": terminated.reshape(-1)[flat],
+        "truncated": truncated.reshape(-1)[flat],
+    }
+
+    def returns(name: str, horizon: int) -> Any:
+        part = store[name][:, :horizon].astype(np.float64)
+        return np.where(valid[:, :horizon], part, 0.0).sum(axis=1)
+
+    reported = "sparse_reward" if family.returns == "sparse" else "reward"
+    table: Columns = {
+        "episode": np.arange(episodes, dtype=np.int32),
+        "task": np.full(episodes, index, dtype=np.int32),
+        "checkpoint": np.full(episodes, checkpoint, dtype=np.int32),
+        "deterministic": np.arange(episodes) >= sampled,
+        "seed": np.full(episodes, seed, dtype=np.int64),
+        "length": valid.sum(axis=1).astype(np.int32),
+        "return": returns(reported, family.horizon),
+        "dense_return": returns("reward", steps),
+        "sparse_return": returns("sparse_reward", steps),
+    }
+    return columns, table
+
+
+def rollout_task(
+    env: str,
+    env_config: dict[str, Any],
+    task: Task,
+    index: int,
+    steps: list[int],
+    config: dict[str, Any],
+    seed: int,
+    checkpoints: str,
+    folder: str,
+) -> None:
+    """Roll out a task's checkpoints and publish ``folder`` with its transitions and episode table."""
+    import torch
+
+    from omrl.behavior.checkpoints import load_actor
+
+    torch.set_num_threads(1)
+    family = load_family(env, env_config)
+    resolved = RolloutsConfig.model_validate(config)
+    transitions, episodes, hashes = [], [], {}
+    for step in steps:
+        path = Path(checkpoints) / checkpoint_name(step)
+        actor = load_actor(path)
+        hashes[str(step)] = sha256(path)
+        columns, table = rollout(
+            actor,
+            family,
+            task,
+            index=index,
+            checkpoint=step,
+            config=resolved,
+            seed=seeding.integer(seed, "rollouts", env, index, step),
+        )
+        transitions.append(columns)
+        episodes.append(table)
+    footer = {
+        "environment": family.spec(),
+        "task": task,
+        "checkpoints": hashes,
+        "parameters": {"rollouts": resolved.resolved(), "seed": seed},
+    }
+    with atomic_dir(folder) as work:
+        write_transitions(work / "transitions.parquet", concatenate(transitions), footer)
+        write_table(work / EPISODES, pa.table(concatenate(episodes)), {"environment": family.spec()})
+
+
+def build_shard(
+    *,
+    shard: str,
+    env: str,
+    env_config: dict[str, Any],
+    config: RolloutsConfig,
+    seed: int,
+    code: list[str],
+    target: str | Path,
+) -> None:
+    """Roll out the checkpoints of a shard and publish them as one folder; resumable task by task.
+
+    Args:
+        shard: name; ``data/tasks/<shard>.json`` and ``data/behavior/<shard>`` are its inputs.
+        env: family name.
+        env_config: its configuration.
+        config: section ``rollouts``.
+        seed: root seed.
+        code: fingerprint files this depends on.
+        target: ``data/rollouts/<shard>``.
+
+    Raises:
+        UserError: a checkpoint is missing or damaged.
+    """
+    tasks_file, behavior = f"data/tasks/{shard}.json", Path("data/behavior") / shard
+    tasks = read_json(tasks_file)["tasks"]
+    inputs = input_hashes(tasks_file, behavior, *code)
+    trained = read_json(behavior / "manifest.json")["parameters"]["behavior"]
+    saved = range(0, trained["total_steps"] + 1, trained["checkpoint_every"])
+    steps = config.checkpoint_steps(list(saved))
+    work = scratch("rollouts", {"env": env, "env_config": env_config, "config": config.resolved(), "inputs": inputs})
+    folders = {t["index"]: work / task_folder(t["index"]) for t in tasks}
+    todo = [t for t in tasks if not folders[t["index"]].exists()]
+    run_tasks(
+        rollout_task,
+        [
+            (
+                env,
+                env_config,
+                t["parameters"],
+                t["index"],
+                steps,
+                config.resolved(),
+                seed,
+                str(behavior / task_folder(t["index"])),
+                str(folders[t["index"]]),
+            )
+            for t in todo
+        ],
+        description=f"rollouts {shard}",
+        finished=len(tasks) - len(todo),
+    )
+    with atomic_dir(target) as folder:
+        names: dict[str, int | None] = {}
+        tables = []
+        for index, source in folders.items():
+            name = f"{task_folder(index)}.parquet"
+            shutil.copyfile(source / "transitions.parquet", folder / name)
+            tables.append(read_table(source / EPISODES))
+            names[name] = int(np.sum(tables[-1].column("length").to_numpy()))
+        episodes = pa.concat_tables(tables)
+        write_table(folder / EPISODES, episodes, {"environment": load_family(env, env_config).spec()})
+        write_manifest(
+            folder,
+            kind="rollouts",
+            inputs=inputs,
+            parameters={
+                "env": env,
+                "env_config": env_config,
+                "rollouts": config.resolved(),
+                "seed": seed,
+                "threads": 1,
+            },
+            files={**names, EPISODES: episodes.num_rows},
+            packages=("mujoco", "numpy", "pyarrow", "torch"),
+        )
+    shutil.rmtree(work)

@@ -1,0 +1,30 @@
+"""Cut one quality level from the rollouts."""
+
+from __future__ import annotations
+
+import sys
+
+from omrl.cutting import build_level
+from omrl.errors import run
+from omrl.files import read_json
+from stages.params import load
+
+
+def main() -> None:
+    """Write data/datasets/<level>/."""
+    (name,) = sys.argv[1:]
+    params = load("env", "env_config", "seed", "dataset")
+    build_level(
+        name=name,
+        level=params.dataset.levels[name],
+        rows=params.dataset.transitions_per_task,
+        family=params.family,
+        seed=params.seed,
+        shards=read_json("data/plan/shards.json")["shards"],
+        code=["data/code/stages/dataset.json", f"data/code/envs/{params.env}.json"],
+        target=f"data/datasets/{name}",
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,28 @@
+"""Build one relabelled set."""
+
+from __future__ import annotations
+
+import sys
+
+from omrl.cutting import build_relabelled
+from omrl.errors import run
+from stages.params import load
+
+
+def main() -> None:
+    """Write data/datasets/<name>/."""
+    (name,) = sys.argv[1:]
+    params = load("env", "env_config", "seed", "dataset", "relabel")
+    build_relabelled(
+        name=name,
+        config=params.relabel[name],
+        rows=params.dataset.transitions_per_task,
+        family=params.family,
+        seed=params.seed,
+        code=["data/code/stages/relabel.json", f"data/code/envs/{params.env}.json"],
+        target=f"data/datasets/{name}",
+    )
+
+
+if __name__ == "__main__":
+    run(main)

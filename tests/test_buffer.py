@@ -1,0 +1,148 @@
+"""Datasets in memory: the stored numbers, stacked by task, and never a damaged file."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from omrl.datasets import parquet
+from omrl.datasets.buffer import TaskBuffers
+from omrl.errors import UserError
+from omrl.files import write_manifest
+
+VECTORS = {"observation": 3, "next_observation": 3, "action": 2}
+FIELDS = ["observation", "action", "reward", "sparse_reward", "next_observation"]
+ROWS = 60
+
+
+def make(task: int, rows: int = ROWS, horizon: int = 20) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(task)
+    row = np.arange(rows)
+    columns = {
+        "task": np.full(rows, task),
+        "source_task": np.full(rows, task),
+        "checkpoint": np.zeros(rows),
+        "episode": row // horizon,
+        "step": row % horizon,
+    }
+    columns = {name: value.astype(np.int32) for name, value in columns.items()}
+    columns["deterministic"] = np.zeros(rows, np.bool_)
+    for name, width in (*VECTORS.items(), ("reward_features", 1)):
+        columns[name] = rng.normal(size=(rows, width)).astype(np.float32)
+    for name in ("reward", "sparse_reward"):
+        columns[name] = rng.normal(size=rows).astype(np.float32)
+    columns["terminated"] = row == 7
+    columns["truncated"] = row % horizon == horizon - 1
+    return columns
+
+
+def build(folder, tasks: dict[int, dict[str, np.ndarray]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, int | None] = {}
+    for task, columns in tasks.items():
+        name = f"task={task:03d}.parquet"
+        footer = {"schema_version": 1, "environment": {}, "tasks": {}, "checkpoints": {}, "parameters": {}}
+        parquet.write_transitions(folder / name, columns, footer)
+        files[name] = len(columns["task"])
+    write_manifest(folder, kind="dataset", inputs={}, parameters={}, files=files)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    build(tmp_path / "expert", {task: make(task) for task in (0, 1, 12)})
+    return tmp_path / "expert"
+
+
+def flat(array: np.ndarray) -> np.ndarray:
+    return array.reshape(array.shape[:2])
+
+
+def test_buffers_hold_the_stored_numbers(folder):
+    tasks = [0, 1, 12]
+    buffers = TaskBuffers.load(folder, tasks, False)
+    assert list(buffers.tasks) == tasks
+    assert buffers.rows == ROWS
+    for index, task in enumerate(tasks):
+        columns = make(task)
+        for name in FIELDS:
+            expected = columns[name].reshape(ROWS, -1)
+            assert np.array_equal(getattr(buffers, name)[index].reshape(ROWS, -1), expected), (task, name)
+
+
+def test_arrays_are_contiguous_float32(folder):
+    buffers = TaskBuffers.load(folder, [0, 1, 12], True)
+    for name in (*FIELDS, "terminal"):
+        array = getattr(buffers, name)
+        assert array.dtype == np.float32, name
+        assert array.flags.c_contiguous, name
+        assert array.shape[:2] == (3, ROWS), name
+    assert buffers.observation.shape == (3, ROWS, 3)
+    assert buffers.action.shape == (3, ROWS, 2)
+
+
+def test_terminal_is_termination_alone_or_with_time_limits(folder):
+    columns = make(0)
+    apart = TaskBuffers.load(folder, [0], False)
+    assert np.array_equal(flat(apart.terminal)[0], columns["terminated"].astype(np.float32))
+    together = TaskBuffers.load(folder, [0], True)
+    assert np.array_equal(flat(together.terminal)[0], (columns["terminated"] | columns["truncated"]).astype(np.float32))
+    assert flat(together.terminal)[0].sum() == 4
+
+
+def test_the_order_asked_for_is_the_order_given(folder):
+    forth, back = (TaskBuffers.load(folder, tasks, False) for tasks in ([0, 12], [12, 0]))
+    assert list(back.tasks) == [12, 0]
+    assert np.array_equal(forth.observation[::-1], back.observation)
+
+
+def test_a_subset_reads_only_its_own_files(folder):
+    (folder / "task=001.parquet").write_bytes(b"damaged")
+    buffers = TaskBuffers.load(folder, [0, 12], False)
+    assert buffers.observation.shape == (2, ROWS, 3)
+
+
+def test_a_task_that_the_dataset_lacks_is_named(folder):
+    with pytest.raises(UserError, match=r"5") as caught:
+        TaskBuffers.load(folder, [0, 5], False)
+    assert "expert" in str(caught.value)
+
+
+def test_a_missing_file_is_named(folder):
+    (folder / "task=012.parquet").unlink()
+    with pytest.raises(UserError, match=r"task=012\.parquet"):
+        TaskBuffers.load(folder, [0, 12], False)
+
+
+def test_a_missing_dataset_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        TaskBuffers.load(tmp_path / "nowhere", [0], False)
+
+
+def test_tasks_of_different_length_are_refused(tmp_path):
+    build(tmp_path / "mixed", {0: make(0), 1: make(1, ROWS - 20)})
+    with pytest.raises(UserError, match=r"task=001\.parquet.*40.*60.*task=000\.parquet"):
+        TaskBuffers.load(tmp_path / "mixed", [0, 1], False)
+
+
+def test_any_flipped_bit_of_a_dataset_is_refused(folder):
+    """Page checksums leave out the footer and the page headers; the manifest's hash covers every byte."""
+    path = folder / "task=001.parquet"
+    data = path.read_bytes()
+    for place in [*range(0, len(data), len(data) // 60), len(data) - 3, len(data) - 1]:
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"task=001\.parquet"):
+            TaskBuffers.load(folder, [0, 1], False)
+
+
+def test_a_file_exchanged_for_another_sound_one_is_refused(folder):
+    (folder / "task=001.parquet").write_bytes((folder / "task=000.parquet").read_bytes())
+    with pytest.raises(UserError, match=r"task=001\.parquet"):
+        TaskBuffers.load(folder, [1], False)
+
+
+def test_a_damaged_manifest_is_named(folder):
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        TaskBuffers.load(folder, [0], False)

@@ -1,0 +1,209 @@
+"""Quality levels: the right checkpoints, evenly, exactly the rows asked for, and clear refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omrl import seeding
+from omrl.config import parse
+from omrl.datasets.quality import (
+    DatasetConfig,
+    LevelConfig,
+    check_levels,
+    choose_checkpoints,
+    level_stream,
+    select,
+)
+from omrl.errors import UserError
+
+STEPS = [0, 250, 500]
+
+
+def make(lengths: dict[int, list[int]], deterministic: int = 0) -> dict[str, np.ndarray]:
+    """Return rollouts: checkpoint -> length of each episode, the last ``deterministic`` ones with mean actions."""
+    key = [
+        (checkpoint, episode, step, episode >= len(episodes) - deterministic)
+        for checkpoint, episodes in lengths.items()
+        for episode, length in enumerate(episodes)
+        for step in range(length)
+    ]
+    checkpoint, episode, step, mean = (np.array(part) for part in zip(*key, strict=True))
+    rows = len(key)
+    return {
+        "task": np.full(rows, 4, np.int32),
+        "source_task": np.full(rows, 4, np.int32),
+        "checkpoint": checkpoint.astype(np.int32),
+        "episode": episode.astype(np.int32),
+        "step": step.astype(np.int32),
+        "deterministic": mean.astype(np.bool_),
+        "observation": np.arange(2.0 * rows, dtype=np.float32).reshape(rows, 2),
+        "reward": np.arange(rows, dtype=np.float32),
+    }
+
+
+def keys(columns: dict[str, np.ndarray]) -> list[tuple[int, int, int]]:
+    return list(zip(*(columns[name].tolist() for name in ("checkpoint", "episode", "step")), strict=True))
+
+
+def stream(seed: int = 0) -> np.random.Generator:
+    return level_stream(seed, "toy", "mixed", 4)
+
+
+ALL = LevelConfig(steps="all")
+even = {step: [10] * 6 for step in STEPS}
+ragged = st.dictionaries(
+    st.sampled_from([0, 100, 200, 300]), st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(ragged, st.data())
+def test_exactly_the_rows_asked_for_each_once_and_in_order(lengths, data):
+    columns = make(dict(sorted(lengths.items())))
+    rows = data.draw(st.integers(1, len(columns["step"])))
+    seed = data.draw(st.integers(0, 5))
+    found = select(columns, sorted(lengths), rows, ALL, stream(seed), "task 4")
+    chosen = keys(found)
+    assert len(chosen) == rows
+    assert len(set(chosen)) == rows
+    assert chosen == sorted(chosen)
+    # every column moves with its row
+    place = {key: i for i, key in enumerate(keys(columns))}
+    assert np.array_equal(found["reward"], columns["reward"][[place[key] for key in chosen]])
+    assert np.array_equal(found["observation"], columns["observation"][[place[key] for key in chosen]])
+    # whole episodes, from their first step; at most one is cut
+    cut = 0
+    for checkpoint, episode in {key[:2] for key in chosen}:
+        steps = [key[2] for key in chosen if key[:2] == (checkpoint, episode)]
+        assert steps == list(range(len(steps)))
+        cut += len(steps) < lengths[checkpoint][episode]
+    assert cut <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 180), st.integers(0, 20))
+def test_checkpoints_contribute_evenly(rows, seed):
+    found = select(make(even), STEPS, rows, ALL, stream(seed), "task 4")
+    counts = [int((found["checkpoint"] == step).sum()) for step in STEPS]
+    assert max(counts) - min(counts) <= 10  # one episode
+
+
+def test_only_the_checkpoints_of_the_level_are_taken():
+    found = select(make(even), [250], 60, LevelConfig(steps=[250]), stream(), "task 4")
+    assert set(found["checkpoint"].tolist()) == {250}
+
+
+def test_deterministic_episodes_are_left_out_unless_asked_for():
+    columns = make(even, deterministic=1)
+    found = select(columns, STEPS, 150, ALL, stream(), "task 4")
+    assert not found["deterministic"].any()
+    with pytest.raises(UserError, match=r"150"):
+        select(columns, STEPS, 151, ALL, stream(), "task 4")
+    found = select(columns, STEPS, 180, LevelConfig(steps="all", deterministic=True), stream(), "task 4")
+    assert int(found["deterministic"].sum()) == 30
+
+
+def test_the_draw_depends_on_seed_level_and_task_and_on_nothing_else():
+    columns = make(even)
+
+    def draw(rng: np.random.Generator) -> list[tuple[int, int, int]]:
+        return keys(select(columns, STEPS, 60, ALL, rng, "task 4"))
+
+    first = draw(level_stream(0, "toy", "mixed", 4))
+    assert draw(level_stream(0, "toy", "mixed", 4)) == first
+    others = [("toy", "mixed", 5), ("toy", "expert", 4), ("doll", "mixed", 4)]
+    assert all(draw(level_stream(0, *names)) != first for names in others)
+    assert draw(level_stream(1, "toy", "mixed", 4)) != first
+
+
+def test_the_episodes_are_drawn_not_the_first_ones():
+    taken = set()
+    for seed in range(20):
+        found = select(make(even), STEPS, 30, ALL, seeding.generator(seed), "task 4")
+        taken |= set(found["episode"].tolist())
+    assert taken == set(range(6))
+
+
+def test_too_few_rows_name_the_key_and_what_there_is():
+    with pytest.raises(UserError, match=r"dataset\.transitions_per_task = 181.*level 'x' of task 4.*180"):
+        select(make(even), STEPS, 181, ALL, stream(), "level 'x' of task 4")
+
+
+NORMALIZED = {0: 0.0, 250: 0.5, 500: 0.9}
+
+
+def test_checkpoints_by_step_by_all_and_by_band():
+    assert choose_checkpoints("a", ALL, 4, NORMALIZED) == STEPS
+    assert choose_checkpoints("a", LevelConfig(steps=[500, 0]), 4, NORMALIZED) == [0, 500]
+    assert choose_checkpoints("a", LevelConfig(band=[0.4, 0.6]), 4, NORMALIZED) == [250]
+    assert choose_checkpoints("a", LevelConfig(band=[0.5, 0.9]), 4, NORMALIZED) == [250, 500]
+
+
+def test_a_step_without_rollouts_is_named():
+    with pytest.raises(UserError, match=r"dataset\.levels\.medium\.steps.*300.*0, 250, 500"):
+        choose_checkpoints("medium", LevelConfig(steps=[300]), 4, NORMALIZED)
+
+
+def test_an_empty_band_tells_what_the_checkpoints_reach():
+    with pytest.raises(UserError, match=r"dataset\.levels\.medium\.band = \[0\.6, 0\.8\].*task 4") as caught:
+        choose_checkpoints("medium", LevelConfig(band=[0.6, 0.8]), 4, NORMALIZED)
+    for text in ("0: 0.00", "250: 0.50", "500: 0.90"):
+        assert text in str(caught.value)
+
+
+def check(level: LevelConfig, rows: int) -> None:
+    check_levels({"mine": level}, STEPS, 50, 10, rows, where="params.yaml: dataset")
+
+
+@pytest.mark.parametrize(
+    ("level", "most"),
+    [
+        (ALL, 150),
+        (LevelConfig(steps="all", deterministic=True), 180),
+        (LevelConfig(steps=[250]), 50),
+        (LevelConfig(band=[0.0, 1.0]), 150),
+    ],
+)
+def test_what_the_rollouts_cannot_give_is_refused_before_any_work(level, most):
+    check(level, most)
+    with pytest.raises(UserError, match=rf"^params\.yaml: dataset\.transitions_per_task = {most + 1}.*'mine'.*{most}"):
+        check(level, most + 1)
+
+
+def test_a_level_of_a_step_that_is_not_rolled_out_is_refused_before_any_work():
+    with pytest.raises(UserError, match=r"^params\.yaml: dataset\.levels\.mine\.steps.*333.*0, 250, 500"):
+        check(LevelConfig(steps=[250, 333]), 10)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"steps": [0], "band": [0.0, 1.0]},
+        {"steps": []},
+        {"steps": [0, 0]},
+        {"steps": "some"},
+        {"steps": [0.5]},
+        {"band": [0.9, 0.1]},
+        {"band": [0.1]},
+        {"band": [float("nan"), 1.0]},
+        {"steps": [0], "detreministic": True},
+    ],
+)
+def test_a_level_that_means_nothing_is_refused(values):
+    with pytest.raises(UserError, match=r"levels\.mine"):
+        parse(LevelConfig, values, "params.yaml: dataset.levels.mine")
+
+
+def test_a_band_may_be_written_in_whole_numbers():
+    assert choose_checkpoints("a", parse(LevelConfig, {"band": [0, 1]}, "x"), 4, NORMALIZED) == STEPS
+
+
+@pytest.mark.parametrize("name", ["Expert", "a/b", "..", "a b", ""])
+def test_a_level_name_that_is_no_folder_name_is_refused(name):
+    values = {"train": ["a"], "test": ["a"], "levels": {name: {"steps": "all"}}}
+    with pytest.raises(UserError, match=r"dataset"):
+        parse(DatasetConfig, values, "params.yaml: dataset")
