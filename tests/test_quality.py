@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omrl import seeding
 from omrl.config import parse
+from omrl.cutting import build_level
+from omrl.datasets import parquet
+from omrl.datasets.card import describe
 from omrl.datasets.quality import (
     DatasetConfig,
     LevelConfig,
@@ -17,13 +23,15 @@ from omrl.datasets.quality import (
     level_stream,
     select,
 )
+from omrl.envs.base import load_family
 from omrl.errors import UserError
+from omrl.files import read_json, sha256, write_json, write_manifest
 
 STEPS = [0, 250, 500]
 
 
 def make(lengths: dict[int, list[int]], deterministic: int = 0) -> dict[str, np.ndarray]:
-    """Return rollouts: checkpoint -> length of each episode, the last ``deterministic`` ones with mean actions."""
+    """Return rollouts: checkpoint -> lengths of its episodes, the last ones with mean actions."""
     key = [
         (checkpoint, episode, step, episode >= len(episodes) - deterministic)
         for checkpoint, episodes in lengths.items()
@@ -169,7 +177,9 @@ def check(level: LevelConfig, rows: int) -> None:
 )
 def test_what_the_rollouts_cannot_give_is_refused_before_any_work(level, most):
     check(level, most)
-    with pytest.raises(UserError, match=rf"^params\.yaml: dataset\.transitions_per_task = {most + 1}.*'mine'.*{most}"):
+    with pytest.raises(
+        UserError, match=rf"^params\.yaml: dataset\.transitions_per_task = {most + 1}.*'mine'.*{most}"
+    ):
         check(level, most + 1)
 
 
@@ -207,3 +217,119 @@ def test_a_level_name_that_is_no_folder_name_is_refused(name):
     values = {"train": ["a"], "test": ["a"], "levels": {name: {"steps": "all"}}}
     with pytest.raises(UserError, match=r"dataset"):
         parse(DatasetConfig, values, "params.yaml: dataset")
+
+
+def prepare(lengths: dict[int, list[int]]) -> None:
+    """Write what the stage reads, for one shard of two tasks: better checkpoints have higher returns."""
+    family = load_family("sparse-point-robot")
+    rows = [
+        {
+            "index": i,
+            "split": "train",
+            "parameters": family.sample(i, 1337),
+            "oracle_return": 10.0,
+            "random_return": 0.0,
+        }
+        for i in (0, 1)
+    ]
+    write_json(
+        "data/tasks/all.json", {"env": family.name, "spec": family.spec(), "seed": 1337, "tasks": rows}
+    )
+    write_json("data/code/stages/dataset.json", {})
+    files: dict[str, int | None] = {}
+    episodes = [(c, e) for c, group in lengths.items() for e in range(len(group))]
+    for i in (0, 1):
+        columns = make(lengths, deterministic=1)
+        count = len(columns["step"])
+        zero = np.zeros((count, 2), np.float32)
+        columns |= {
+            "task": np.full(count, i, np.int32), "source_task": np.full(count, i, np.int32), "action": zero,
+            "next_observation": zero, "reward_features": zero[:, :0], "sparse_reward": columns["reward"],
+            "terminated": np.zeros(count, np.bool_), "truncated": np.zeros(count, np.bool_),
+        }  # fmt: skip
+        footer = {
+            "environment": family.spec(), "task": rows[i]["parameters"],
+            "checkpoints": {str(step): f"{step:064d}" for step in lengths}, "parameters": {"seed": 0},
+        }  # fmt: skip
+        parquet.write_transitions(f"data/rollouts/a/task={i:03d}.parquet", columns, footer)
+        files[f"task={i:03d}.parquet"] = count
+    table = {
+        "task": np.repeat(np.array([0, 1], np.int32), len(episodes)),
+        "checkpoint": np.array([c for c, _ in episodes] * 2, np.int32),
+        "episode": np.array([e for _, e in episodes] * 2, np.int32),
+        "deterministic": np.array([e == len(lengths[c]) - 1 for c, e in episodes] * 2),
+        # the mean-action episodes would leave every band
+        "return": np.array([99.0 if e == len(lengths[c]) - 1 else c / 100 for c, e in episodes] * 2),
+    }
+    parquet.write_table("data/rollouts/a/episodes.parquet", pa.table(table))
+    files["episodes.parquet"] = 2 * len(episodes)
+    write_manifest("data/rollouts/a", kind="rollouts", inputs={}, parameters={}, files=files)
+
+
+def build(rows: int = 35, **level) -> dict:
+    build_level(
+        name="mine",
+        level=LevelConfig(**level),
+        rows=rows,
+        family=load_family("sparse-point-robot"),
+        seed=0,
+        shards={"a": [0, 1]},
+        code=["data/code/stages/dataset.json"],
+        target="data/datasets/mine",
+    )
+    return read_json("data/datasets/mine/card.json")
+
+
+def test_a_level_is_cut_from_the_rollouts_with_card_and_manifest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(even)
+    card = build(steps="all")
+    folder = Path("data/datasets/mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(before) == {"task=000.parquet", "task=001.parquet", "card.json", "manifest.json"}
+    assert build(steps="all") == card
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert (card["kind"], card["rows"], card["tasks"], card["rows_per_task"]) == ("level", 70, 2, 35)
+    found = [parquet.read_transitions(folder / f"task={i:03d}.parquet") for i in (0, 1)]
+    assert [len(columns["step"]) for columns in found] == [35, 35]
+    assert keys(found[0]) != keys(found[1])  # each task draws its own episodes
+    for step in STEPS:
+        rows = sum(int((columns["checkpoint"] == step).sum()) for columns in found)
+        entry = card["checkpoints"][str(step)]
+        assert entry["rows"] == rows
+        assert entry["return"]["min"] == entry["return"]["max"] == pytest.approx(step / 100)
+        assert entry["normalized_mean"] == pytest.approx(step / 1000)
+    assert card["files"]["task=000.parquet"] == sha256(folder / "task=000.parquet")
+    assert sum(card["return_histogram"]["counts"]) == card["episodes"]
+    text = describe(folder)
+    assert "70 transitions" in text
+    assert "35 transitions of task 1" in describe(folder / "task=001.parquet")
+    assert "36 rows of task" in describe("data/rollouts/a/episodes.parquet")
+
+
+def test_a_band_is_judged_by_sampled_episodes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(even)
+    card = build(band=[0.2, 0.3])
+    assert list(card["checkpoints"]) == ["250"]
+    footer = parquet.read_footer("data/datasets/mine/task=000.parquet")
+    assert footer["checkpoints"] == {"250": f"{250:064d}"}
+    with pytest.raises(UserError, match=r"levels\.mine\.band = \[0\.8, 0\.9\].*task 0.*500: 0\.50"):
+        build(band=[0.8, 0.9])
+
+
+def test_damaged_or_missing_rollouts_are_named_and_the_old_dataset_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(even)
+    build(steps="all")
+    before = Path("data/datasets/mine/card.json").read_bytes()
+    path = Path("data/rollouts/a/task=001.parquet")
+    data = path.read_bytes()
+    path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(UserError, match=r"rollouts/a/task=001\.parquet"):
+        build(steps="all")
+    path.unlink()
+    with pytest.raises(UserError, match=r"rollouts/a/task=001\.parquet: missing"):
+        build(steps="all")
+    assert Path("data/datasets/mine/card.json").read_bytes() == before
+    assert [p.name for p in Path("data/datasets").iterdir()] == ["mine"]

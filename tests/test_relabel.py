@@ -119,7 +119,9 @@ def test_the_remainder_goes_to_sources_drawn_by_seed():
 
 @settings(max_examples=30, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6), share=st.floats(0, 1), seed=st.integers(0, 5)
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 5),
 )
 def test_a_merged_set_loses_and_doubles_nothing(lengths, share, seed):
     parts = {3 * i: collect("sparse-point-robot", 3 * i, rows) for i, rows in enumerate(lengths)}
@@ -182,10 +184,18 @@ def prepare(folder, name: str = "sparse-point-robot", tasks: int = 5) -> None:
     """Write what the stage reads: the tasks, a source level and a fingerprint."""
     family = load_family(name)
     rows = [
-        {"index": i, "split": "train", "parameters": family.sample(i, 1337), "oracle_return": 1.0, "random_return": 0.0}
+        {
+            "index": i,
+            "split": "train",
+            "parameters": family.sample(i, 1337),
+            "oracle_return": 1.0,
+            "random_return": 0.0,
+        }
         for i in range(tasks)
     ]
-    write_json(folder / "data/tasks/all.json", {"env": name, "spec": family.spec(), "seed": 1337, "tasks": rows})
+    write_json(
+        folder / "data/tasks/all.json", {"env": name, "spec": family.spec(), "seed": 1337, "tasks": rows}
+    )
     write_json(folder / "data/code/stages/relabel.json", {})
     source = folder / "data/datasets/mixed"
     for i in range(tasks):
@@ -282,6 +292,8 @@ def test_a_damaged_source_is_named_and_nothing_is_published(place, tmp_path):
 
 
 def test_tasks_that_differ_in_dynamics_are_refused(place, tmp_path):
-    with pytest.raises(UserError, match=r"relabel\.relabelled: .*'point-robot-wind' differ in their dynamics"):
+    with pytest.raises(
+        UserError, match=r"relabel\.relabelled: .*'point-robot-wind' differ in their dynamics"
+    ):
         build("point-robot-wind")
     assert not place.exists()

@@ -63,7 +63,9 @@ def test_a_rollout_has_the_schema_and_the_order(name):
     assert columns["truncated"].tolist() == ([False] * 24 + [True]) * 6
     # a chain: s' of a row is s of the next
     inner = ~columns["truncated"]
-    assert np.array_equal(columns["next_observation"][inner], columns["observation"][np.flatnonzero(inner) + 1])
+    assert np.array_equal(
+        columns["next_observation"][inner], columns["observation"][np.flatnonzero(inner) + 1]
+    )
     assert table["length"].tolist() == [25] * 6
 
 
@@ -118,7 +120,7 @@ def test_an_episodes_return_is_the_reported_one_of_the_test_horizon():
 
 
 class Ending:
-    """The wind family, with episodes that terminate: copy i after 5 (i + 1) steps; the 5th never within 25."""
+    """The wind family, with episodes that terminate: copy i after 5 (i + 1) steps, the last two never."""
 
     def __init__(self) -> None:
         self._family = load_family("point-robot-wind")
@@ -262,7 +264,11 @@ def test_a_shard_is_published_whole_and_the_same_twice(shard):
         assert sha256(f"data/behavior/a/task=005/step={step:06d}.zip") in str(footer["checkpoints"])
     manifest = read_json(shard / "manifest.json")
     assert manifest["files"]["task=005.parquet"]["rows"] == 300
-    assert set(manifest["inputs"]) == {"data/tasks/a.json", "data/behavior/a", "data/code/stages/rollouts.json"}
+    assert set(manifest["inputs"]) == {
+        "data/tasks/a.json",
+        "data/behavior/a",
+        "data/code/stages/rollouts.json",
+    }
     table = parquet.read_table(shard / "episodes.parquet")
     assert table.num_rows == manifest["files"]["episodes.parquet"]["rows"] == 2 * 2 * 6
     wanted = {"task", "checkpoint", "episode", "deterministic", "seed", "length", "return", "sparse_return"}

@@ -1,0 +1,76 @@
+"""Context encoders: from a bag of transitions of one task to its embedding z."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from omrl.nets import Mlp
+
+
+@dataclass(frozen=True)
+class Context:
+    """Transitions that an embedding is inferred from, float32 [tasks, n, width]; rewards [tasks, n].
+
+    ``reward`` is what the encoder sees: sparse where the dataset has a sparse reward. Actor and critic never
+    see it.
+    """
+
+    observation: Tensor
+    action: Tensor
+    reward: Tensor
+    next_observation: Tensor | None = None
+
+    def rows(self) -> Tensor:
+        """Return (s, a, r) or (s, a, r, s') side by side, [tasks, n, width]."""
+        parts = [self.observation, self.action, self.reward.unsqueeze(-1)]
+        if self.next_observation is not None:
+            parts.append(self.next_observation)
+        return torch.cat(parts, dim=-1)
+
+
+class DeterministicEncoder(nn.Module):
+    """FOCAL's encoder: an MLP per transition, tanh, mean over the context; z in (-1, 1)^latent."""
+
+    def __init__(self, inputs: int, hidden: list[int], latent: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.latent = latent
+        self.net = Mlp(inputs, hidden, latent, generator)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return z [tasks, latent] for context rows [tasks, n, inputs]."""
+        tasks, n, width = rows.shape
+        return torch.tanh(self.net(rows.reshape(tasks * n, width))).view(tasks, n, self.latent).mean(dim=1)
+
+
+class ProbabilisticEncoder(nn.Module):
+    """The ablation with PEARL's inference: a product of one Gaussian per transition (PEARL Eq. 3).
+
+    Mean and raw scale are tanh-bounded as in the released FOCAL code; variance = softplus(raw scale).
+    """
+
+    _SMALLEST = 1e-7  # of a factor's variance
+
+    def __init__(self, inputs: int, hidden: list[int], latent: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.latent = latent
+        self.net = Mlp(inputs, hidden, 2 * latent, generator)
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of q(z | c), each [tasks, latent]."""
+        tasks, n, width = rows.shape
+        raw = torch.tanh(self.net(rows.reshape(tasks * n, width))).view(tasks, n, 2 * self.latent)
+        mean, scale = raw.split(self.latent, dim=-1)
+        precision = 1 / functional.softplus(scale).clamp(min=self._SMALLEST)
+        variance = 1 / precision.sum(dim=1)
+        return variance * (mean * precision).sum(dim=1), variance
+
+
+def gaussian_kl(mean: Tensor, variance: Tensor, prior_std: float) -> Tensor:
+    """Return the KL divergence from N(mean, variance) to N(0, prior_std^2), summed over tasks and dimensions."""
+    prior = prior_std**2
+    ratio = variance / prior
+    return 0.5 * (ratio + mean * mean / prior - 1 - torch.log(ratio)).sum()

@@ -1,0 +1,85 @@
+"""Aggregates over tasks and seeds: mean, interquartile mean, stratified bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def iqm(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the interquartile mean along the last axis: the mean without the lowest and highest quarter.
+
+    Of n values floor(n / 4) are dropped at each end, as in Agarwal et al., NeurIPS 2021.
+    """
+    ordered = np.sort(np.asarray(values, dtype=np.float64), axis=-1)
+    cut = ordered.shape[-1] // 4
+    return ordered[..., cut : ordered.shape[-1] - cut].mean(axis=-1)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Aggregate of one cell of a table.
+
+    Attributes:
+        mean: over seeds and tasks.
+        iqm: interquartile mean over all (seed, task) scores.
+        low, high: bootstrap interval of the mean.
+        seeds, tasks: how many there are.
+    """
+
+    mean: float
+    iqm: float
+    low: float
+    high: float
+    seeds: int
+    tasks: int
+
+    @property
+    def n(self) -> int:
+        """Scores behind the summary."""
+        return self.seeds * self.tasks
+
+
+def bootstrap_means(
+    scores: NDArray[np.float64], samples: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """Return bootstrap replicates of the mean of ``scores`` [seeds, tasks].
+
+    Tasks and seeds are both samples of what one wants to speak about, so both are resampled: in every
+    replicate, tasks are drawn with replacement, and for each drawn task (the stratum) its seeds.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    seeds, tasks = scores.shape
+    means = np.empty(samples)
+    for i in range(samples):
+        drawn = rng.integers(tasks, size=tasks)
+        means[i] = scores[rng.integers(seeds, size=(seeds, tasks)), drawn].mean()
+    return means
+
+
+def summarize(
+    scores: NDArray[np.float64] | Sequence[Sequence[float]],
+    samples: int,
+    confidence: float,
+    rng: np.random.Generator,
+) -> Summary:
+    """Summarize scores [seeds, tasks].
+
+    Args:
+        scores: one number per seed and task.
+        samples: bootstrap replicates.
+        confidence: of the percentile interval, such as 0.95.
+        rng: draws the replicates.
+    """
+    array = np.asarray(scores, dtype=np.float64)
+    if array.ndim != 2 or not array.size:
+        raise ValueError(f"scores of shape {array.shape}: expected [seeds, tasks]")
+    means = bootstrap_means(array, samples, rng)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Summary(
+        float(array.mean()), float(iqm(array.reshape(-1))), float(low), float(high), array.shape[0], array.shape[1]
+    )

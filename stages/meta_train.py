@@ -1,0 +1,36 @@
+"""Meta-train one algorithm on one dataset with one seed."""
+
+from __future__ import annotations
+
+import sys
+
+from omrl.algorithms.base import Sizes
+from omrl.errors import run
+from omrl.training import build_model
+from stages.params import load
+
+
+def main() -> None:
+    """Write data/models/<algorithm>/<dataset>/<seed>/."""
+    name, dataset, seed = sys.argv[1:]
+    params = load("env", "env_config", "meta_train", "algorithms")
+    family, entry = params.family, params.algorithms[name]
+    build_model(
+        name=name,
+        module=entry.module(name),
+        overrides=entry.overrides,
+        dataset=dataset,
+        seed=int(seed),
+        config=params.meta_train,
+        sizes=Sizes(family.observation_size, family.action_size, family.context_next_observation),
+        code=[
+            "data/code/stages/meta_train.json",
+            f"data/code/algorithms/{name}.json",
+            f"data/code/envs/{params.env}.json",
+        ],
+        target=f"data/models/{name}/{dataset}/{seed}",
+    )
+
+
+if __name__ == "__main__":
+    run(main)
