@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from omrl import seeding
 from omrl.behavior.base import checkpoint_name, task_folder
 from omrl.config import Config
-from omrl.datasets.parquet import read_table, write_table, write_transitions
+from omrl.datasets.parquet import read_table, verified, write_table, write_transitions
 from omrl.datasets.schema import Columns, concatenate
 from omrl.envs.base import Family, Task, load_family
 from omrl.errors import UserError
@@ -92,7 +92,9 @@ def rollout(
     """
     sampled, steps = config.episodes_per_checkpoint, config.horizon
     episodes = sampled + config.deterministic_episodes
-    noise = seeding.generator(seed, "noise").standard_normal((steps, sampled, family.action_size), dtype=np.float32)
+    noise = seeding.generator(seed, "noise").standard_normal(
+        (steps, sampled, family.action_size), dtype=np.float32
+    )
     env = family.batch([task], episodes)
     observation = env.reset([seeding.generator(seed, "start", i) for i in range(episodes)])
     if actor.observation_size != family.observation_size:
@@ -138,7 +140,9 @@ def rollout(
     episode, step = (grid.reshape(-1)[flat] for grid in np.indices((episodes, steps), dtype=np.int32))
     truncated = np.zeros((episodes, steps), dtype=np.bool_)
     truncated[:, -1] = valid[:, -1] & ~terminated[:, -1]
-    columns: Columns = {name: values.reshape(episodes * steps, *values.shape[2:])[flat] for name, values in store.items()}
+    columns: Columns = {
+        name: values.reshape(episodes * steps, *values.shape[2:])[flat] for name, values in store.items()
+    }
     columns |= {
         "task": np.full(rows, index, dtype=np.int32),
         "source_task": np.full(rows, index, dtype=np.int32),
@@ -245,7 +249,13 @@ def build_shard(
     trained = read_json(behavior / "manifest.json")["parameters"]["behavior"]
     saved = range(0, trained["total_steps"] + 1, trained["checkpoint_every"])
     steps = config.checkpoint_steps(list(saved))
-    work = scratch("rollouts", {"env": env, "env_config": env_config, "config": config.resolved(), "inputs": inputs})
+    verified(
+        behavior, [f"{task_folder(t['index'])}/{checkpoint_name(step)}" for t in tasks for step in steps]
+    )
+    work = scratch(
+        "rollouts",
+        {"env": env, "env_config": env_config, "config": config.resolved(), "seed": seed, "inputs": inputs},
+    )
     folders = {t["index"]: work / task_folder(t["index"]) for t in tasks}
     todo = [t for t in tasks if not folders[t["index"]].exists()]
     run_tasks(

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from omrl.datasets.parquet import read_footer, read_transitions
-from omrl.datasets.schema import Columns
+from omrl.datasets.parquet import read_footer, read_table
+from omrl.datasets.schema import Columns, from_table
 from omrl.errors import UserError
 from omrl.files import read_json
 
@@ -119,7 +119,7 @@ def _describe_card(card: Mapping[str, Any]) -> str:
 
 
 def _describe_file(path: Path) -> str:
-    footer, columns = read_footer(path), read_transitions(path)
+    footer, columns = read_footer(path), from_table(read_table(path))
     if "task" not in columns or "source_task" not in columns:
         names = ", ".join(f"{name}{list(values.shape[1:]) or ''}" for name, values in columns.items())
         return f"{path}: {len(next(iter(columns.values()))):,} rows of {names}"

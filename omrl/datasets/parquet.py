@@ -7,6 +7,7 @@ pages, not the footer and the page headers; where a manifest stands beside the f
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from omrl.datasets.schema import SCHEMA_VERSION, Columns, from_table, to_table
+from omrl.datasets.schema import SCHEMA_VERSION, Columns, check, from_table, to_table
 from omrl.errors import UserError
 from omrl.files import MANIFEST, atomic_path, canonical, read_manifest, sha256
 
 _FOOTER = b"omrl"
+_DIGEST = b"omrl-sha256"  # of the footer: no page checksum covers it
 _ROW_GROUP = 1 << 16
 
 
 def write_table(path: str | Path, table: pa.Table, footer: dict[str, Any] | None = None) -> None:
     """Write ``table`` with ``footer`` as canonical JSON in its metadata: atomic, deterministic, with checksums."""
-    table = table.replace_schema_metadata({_FOOTER: canonical(footer or {}).encode()})
+    text = canonical(footer or {}).encode()
+    table = table.replace_schema_metadata({_FOOTER: text, _DIGEST: hashlib.sha256(text).hexdigest().encode()})
     with atomic_path(path) as temporary:
         pq.write_table(
             table,
@@ -65,6 +68,8 @@ def read_footer(path: str | Path) -> dict[str, Any]:
     """Return the JSON footer of a file; UserError names the file when it is missing, damaged or not ours."""
     try:
         metadata = pq.read_schema(path).metadata or {}
+        if hashlib.sha256(metadata[_FOOTER]).hexdigest().encode() != metadata[_DIGEST]:
+            raise ValueError("its own SHA-256 differs")
         return json.loads(metadata[_FOOTER])
     except FileNotFoundError:
         raise UserError(f"{path}: missing; run 'dvc repro' to build it") from None
@@ -79,7 +84,14 @@ def write_transitions(path: str | Path, columns: Columns, footer: dict[str, Any]
 
 def read_transitions(path: str | Path, columns: list[str] | None = None) -> Columns:
     """Read transitions, all columns or some, as arrays [N] and [N, width]."""
-    return from_table(read_table(path, columns))
+    table = read_table(path, columns)
+    try:
+        if columns is None:
+            check(table.schema)
+        return from_table(table)
+    except (ValueError, pa.ArrowException) as error:
+        hint = "restore it with 'dvc checkout', or rebuild it with 'dvc repro'"
+        raise UserError(f"{path}: not a file of transitions, or damaged ({error}); {hint}") from None
 
 
 def verified(folder: str | Path, names: list[str]) -> list[Path]:

@@ -37,7 +37,7 @@ class LevelConfig(Config):
     def _one(self) -> LevelConfig:
         if (self.steps is None) == (self.band is None):
             raise ValueError("expected either steps (a list of SAC steps, or all) or band ([low, high])")
-        if self.band is not None and (len(self.band) != 2 or self.band[0] > self.band[1]):
+        if self.band is not None and (len(self.band) != 2 or not self.band[0] <= self.band[1]):
             raise ValueError(f"band = {self.band}: expected [low, high] of normalized return with low <= high")
         if isinstance(self.steps, list) and (not self.steps or len(set(self.steps)) != len(self.steps)):
             raise ValueError(f"steps = {self.steps}: expected different SAC steps, at least one")

@@ -26,10 +26,10 @@ TYPES: dict[str, Any] = {
     "step": np.int32,
     "deterministic": np.bool_,
     "observation": np.float32,
+    "next_observation": np.float32,
     "action": np.float32,
     "reward": np.float32,
     "sparse_reward": np.float32,
-    "next_observation": np.float32,
     "terminated": np.bool_,
     "truncated": np.bool_,
     "reward_features": np.float32,
@@ -67,6 +67,20 @@ def to_table(columns: Mapping[str, NDArray[Any]]) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
 
+def check(schema: pa.Schema) -> None:
+    """Raise ValueError unless ``schema`` is that of a file of transitions."""
+    if list(schema.names) != list(TYPES):
+        raise ValueError(f"columns {sorted(set(schema.names) ^ set(TYPES))} are missing, unknown or out of order")
+    for field in schema:
+        kind = field.type
+        if field.name in VECTORS:
+            if not (pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind)):
+                raise ValueError(f"column {field.name} is {kind}, expected a list of float32")
+            kind = kind.value_type
+        if kind != pa.from_numpy_dtype(TYPES[field.name]):
+            raise ValueError(f"column {field.name} is {field.type}")
+
+
 def from_table(table: pa.Table) -> Columns:
     """Return the columns of an Arrow table: arrays [N], or [N, width] for vectors."""
     columns: Columns = {}
@@ -78,6 +92,8 @@ def from_table(table: pa.Table) -> Columns:
             flat = column.flatten().to_numpy(zero_copy_only=False)
             columns[name] = flat.reshape(len(column), column.type.list_size)
         elif pa.types.is_list(column.type):
+            if len(column.flatten()):
+                raise ValueError(f"column {name} has lists of no fixed size")
             columns[name] = np.zeros((len(column), 0), dtype=np.float32)
         else:
             columns[name] = column.to_numpy(zero_copy_only=False)
