@@ -147,8 +147,12 @@ class ActorCritic(nn.Module):
         observations: width of an observation.
         actions: width of an action.
         latent: width of z.
-        generator: source of initial weights and of sampled actions; its state is part of the training state.
+        generator: source of initial weights and of the seed of ``noise``.
+        device: where the networks lie.
     """
+
+    alpha: Tensor
+    noise: torch.Generator
 
     def __init__(
         self,
@@ -187,8 +191,7 @@ class ActorCritic(nn.Module):
 
     def used_alpha(self) -> Tensor:
         """Return alpha as used: clipped to [0, alpha_max]."""
-        alpha: Tensor = self.alpha
-        return alpha.clamp(0, self.config.regularization.alpha_max)
+        return self.alpha.clamp(0, self.config.regularization.alpha_max)
 
     def step(self, name: str, loss: Tensor) -> None:
         """Take one optimizer step of the network ``name``."""
@@ -315,8 +318,7 @@ class ActorCritic(nn.Module):
         self.step("policy", policy_loss)
         if self.c is not None and regularization.adaptive:
             with torch.no_grad():
-                alpha: Tensor = self.alpha
-                alpha.add_(regularization.alpha_rate * (scalars["divergence"] - regularization.target_divergence))
+                self.alpha.add_(regularization.alpha_rate * (scalars["divergence"] - regularization.target_divergence))
         return scalars | {
             "q_loss": q_loss.detach(),
             "q_mean": q.detach().mean(),

@@ -106,9 +106,7 @@ def _normalized_means(episodes: Columns, family: Family, row: dict[str, Any]) ->
     sampled = ~episodes["deterministic"]
     steps: NDArray[np.int32] = np.unique(episodes["checkpoint"])
     return {
-        int(step): float(
-            family.normalize(row, episodes["return"][sampled & (episodes["checkpoint"] == step)].mean())
-        )
+        int(step): float(family.normalize(row, episodes["return"][sampled & (episodes["checkpoint"] == step)].mean()))
         for step in steps
     }
 
@@ -150,9 +148,7 @@ def build_relabelled(
     paths = verified(source, [task_file(t["index"]) for t in tasks])
     parts = {t["index"]: read_transitions(path) for t, path in zip(tasks, paths, strict=True)}
     merged = relabel.merge(parts, rows, relabel.merge_stream(seed, family.name, name))
-    checkpoints = {
-        str(t["index"]): read_footer(path)["checkpoints"] for t, path in zip(tasks, paths, strict=True)
-    }
+    checkpoints = {str(t["index"]): read_footer(path)["checkpoints"] for t, path in zip(tasks, paths, strict=True)}
     card = CardBuilder(name, "relabelled", config.resolved())
     with atomic_dir(target) as folder, Progress(len(tasks), f"relabel {name}", "tasks") as progress:
         for t in tasks:
@@ -170,7 +166,12 @@ def build_relabelled(
             folder,
             kind="relabelled",
             inputs=input_hashes("data/tasks/all.json", source, *code),
-            parameters={"name": name, "relabel": config.resolved(), "transitions_per_task": rows, "seed": seed},
+            parameters={
+                "name": name,
+                "relabel": config.resolved(),
+                "transitions_per_task": rows,
+                "seed": seed,
+            },
             tasks=[t["index"] for t in tasks],
             rows=rows,
             card=card,

@@ -63,9 +63,7 @@ class EvaluateConfig(Config):
     threads: Annotated[int, Field(ge=1, le=256)] = 1
 
 
-def gather_context(
-    buffers: TaskBuffers, rows: NDArray[np.int64], with_next: bool, device: torch.device
-) -> Context:
+def gather_context(buffers: TaskBuffers, rows: NDArray[np.int64], with_next: bool, device: torch.device) -> Context:
     """Return the context of every task made of the given rows, int64 [tasks, n]."""
     place = np.arange(len(rows))[:, None]
 
@@ -146,7 +144,9 @@ def offline_context(
     last: dict[str, NDArray[Any]] = {}
     for repetition in range(config.repetitions):
         rngs = [seeding.generator(seed, *stream, t["index"], repetition) for t in tasks]
-        drawn = np.stack([rng.integers(buffers.rows, size=config.episodes * config.context_per_episode) for rng in rngs])
+        drawn = np.stack(
+            [rng.integers(buffers.rows, size=config.episodes * config.context_per_episode) for rng in rngs]
+        )
         for episode in range(config.episodes):
             size = (episode + 1) * config.context_per_episode
             context = gather_context(
@@ -238,7 +238,13 @@ def build_evaluation(
         rows, last = offline_context(algorithm, family, buffers, tasks, config, stream, seed)
         embeddings = sample_embeddings(algorithm, buffers, tasks, config, stream, seed)
         progress.advance()
-    head = {"algorithm": name, "train_dataset": train, "test_dataset": test, "seed": seed, "protocol": config.protocol}
+    head = {
+        "algorithm": name,
+        "train_dataset": train,
+        "test_dataset": test,
+        "seed": seed,
+        "protocol": config.protocol,
+    }
     with atomic_dir(target) as folder:
         write_table(folder / EPISODES, _episode_table(head, rows), head)
         write_table(folder / EMBEDDINGS, _embedding_table(embeddings, tasks), head)
@@ -254,7 +260,10 @@ def build_evaluation(
                 "rms": rms(means) if several else None,
                 "embedding_variance": embedding_variance(training),
                 "tasks": len(means),
-                "contexts": {"transitions": config.embedding_context, "resamples": config.embedding_resamples},
+                "contexts": {
+                    "transitions": config.embedding_context,
+                    "resamples": config.embedding_resamples,
+                },
             },
         )
         shutil.copyfile(model / CURVE, folder / CURVE)

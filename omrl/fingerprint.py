@@ -53,9 +53,7 @@ def canonical_syntax(node: Any) -> str:
     if isinstance(node, ast.AST):
         parts = []
         for name, value in ast.iter_fields(node):
-            if name == "body" and isinstance(
-                node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-            ):
+            if name == "body" and isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 value = _without_docstring(value)
             if value is None or value == [] or name == "type_comment":
                 continue

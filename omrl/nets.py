@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -43,7 +44,7 @@ class Mlp(nn.Module):
         super().__init__()
         sizes = [inputs, *hidden, outputs]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for place, (n_in, n_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for place, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
             is_last = place == len(hidden)
             bound = last if is_last else 1 / math.sqrt(n_out)
             self.weights.append(nn.Parameter(_uniform(generator, bound, stack, n_in, n_out)))

@@ -92,9 +92,7 @@ def rollout(
     """
     sampled, steps = config.episodes_per_checkpoint, config.horizon
     episodes = sampled + config.deterministic_episodes
-    noise = seeding.generator(seed, "noise").standard_normal(
-        (steps, sampled, family.action_size), dtype=np.float32
-    )
+    noise = seeding.generator(seed, "noise").standard_normal((steps, sampled, family.action_size), dtype=np.float32)
     env = family.batch([task], episodes)
     observation = env.reset([seeding.generator(seed, "start", i) for i in range(episodes)])
     if actor.observation_size != family.observation_size:
@@ -249,9 +247,7 @@ def build_shard(
     trained = read_json(behavior / "manifest.json")["parameters"]["behavior"]
     saved = range(0, trained["total_steps"] + 1, trained["checkpoint_every"])
     steps = config.checkpoint_steps(list(saved))
-    verified(
-        behavior, [f"{task_folder(t['index'])}/{checkpoint_name(step)}" for t in tasks for step in steps]
-    )
+    verified(behavior, [f"{task_folder(t['index'])}/{checkpoint_name(step)}" for t in tasks for step in steps])
     work = scratch(
         "rollouts",
         {"env": env, "env_config": env_config, "config": config.resolved(), "seed": seed, "inputs": inputs},

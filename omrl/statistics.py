@@ -43,9 +43,7 @@ class Summary:
         return self.seeds * self.tasks
 
 
-def bootstrap_means(
-    scores: NDArray[np.float64], samples: int, rng: np.random.Generator
-) -> NDArray[np.float64]:
+def bootstrap_means(scores: NDArray[np.float64], samples: int, rng: np.random.Generator) -> NDArray[np.float64]:
     """Return bootstrap replicates of the mean of ``scores`` [seeds, tasks].
 
     Tasks and seeds are both samples of what one wants to speak about, so both are resampled: in every
@@ -81,5 +79,10 @@ def summarize(
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return Summary(
-        float(array.mean()), float(iqm(array.reshape(-1))), float(low), float(high), array.shape[0], array.shape[1]
+        float(array.mean()),
+        float(iqm(array.reshape(-1))),
+        float(low),
+        float(high),
+        array.shape[0],
+        array.shape[1],
     )

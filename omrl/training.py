@@ -16,8 +16,8 @@ from torch import Tensor
 
 from omrl import seeding
 from omrl.actor_critic import Transitions
-from omrl.algorithms.base import MODEL, BatchSizes, MetaAlgorithm, MetaBatch, Sizes, create, save_model
 from omrl.algorithms.base import CONFIG as MODEL_CONFIG
+from omrl.algorithms.base import MODEL, BatchSizes, MetaAlgorithm, MetaBatch, Sizes, create, save_model
 from omrl.config import Config
 from omrl.datasets.buffer import TaskBuffers
 from omrl.encoders import Context
@@ -70,7 +70,12 @@ class Sampler:
         seed: int,
         device: torch.device,
     ) -> None:
-        self._sizes, self._with_next, self._rows, self._device = sizes, context_next_observation, buffers.rows, device
+        self._sizes, self._with_next, self._rows, self._device = (
+            sizes,
+            context_next_observation,
+            buffers.rows,
+            device,
+        )
         self._tasks = len(buffers.tasks)
         parts = [
             buffers.observation,
@@ -102,9 +107,7 @@ class Sampler:
 
     def draw(self) -> MetaBatch:
         """Return a meta-batch."""
-        tasks = torch.randint(
-            self._tasks, (self._sizes.meta_batch,), generator=self.generator, device=self._device
-        )
+        tasks = torch.randint(self._tasks, (self._sizes.meta_batch,), generator=self.generator, device=self._device)
         transitions = self._draw(tasks, self._sizes.transitions)
         context = self._draw(tasks, self._sizes.context) if self._sizes.context else transitions
         return MetaBatch(
@@ -252,9 +255,7 @@ def build_model(
         },
     )
     buffers = TaskBuffers.load(source, tasks, config.time_limit_terminal)
-    sampler = Sampler(
-        buffers, algorithm.batch_sizes(), sizes.context_next_observation, own_seed, algorithm.device
-    )
+    sampler = Sampler(buffers, algorithm.batch_sizes(), sizes.context_next_observation, own_seed, algorithm.device)
     curve = train(algorithm, sampler, config, work / _STATE, f"{name} on {dataset}, seed {seed}")
     with atomic_dir(target) as folder:
         save_model(algorithm, folder, name, module)

@@ -96,7 +96,9 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
         if not isinstance(key, str | int):
-            raise yaml.MarkedYAMLError(problem=f"key {key!r} is neither text nor a number", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"key {key!r} is neither text nor a number", problem_mark=node.start_mark
+            )
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"key '{key}' stands there twice", problem_mark=key_node.start_mark)
         seen.add(key)
@@ -119,7 +121,7 @@ def read(path: str | Path = FILE) -> _Top:
     except (UnicodeDecodeError, IsADirectoryError):
         raise UserError(f"{path}: expected a YAML text file in UTF-8") from None
     try:
-        values = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
+        values = yaml.load(text, Loader=_UniqueKeys)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from None

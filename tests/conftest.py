@@ -35,7 +35,12 @@ class Project:
 
     def run(self, *command: str, cwd: Path | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            command, cwd=cwd or self.folder, env=self.environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+            command,
+            cwd=cwd or self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
         )
         if check and done.returncode != 0:
             raise AssertionError(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
@@ -93,7 +98,7 @@ def clone(target: Path) -> Project:
     ).stdout.split("\0")  # fmt: skip
     for name in filter(None, names):
         source = ROOT / name
-        if source.is_file() and not name.startswith("pipelines/") or name.startswith(SMOKE):
+        if (source.is_file() and not name.startswith("pipelines/")) or name.startswith(SMOKE):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target / name)
     shutil.rmtree(target / SMOKE / "reports", ignore_errors=True)
@@ -107,7 +112,16 @@ def clone(target: Path) -> Project:
 def commit(project: Project, message: str) -> None:
     project.run("git", "add", "-A")
     project.run(
-        "git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-q", "--no-verify", "-m", message
+        "git",
+        "-c",
+        "user.name=test",
+        "-c",
+        "user.email=test@example.org",
+        "commit",
+        "-q",
+        "--no-verify",
+        "-m",
+        message,
     )
 
 

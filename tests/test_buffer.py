@@ -85,9 +85,7 @@ def test_terminal_is_termination_alone_or_with_time_limits(folder):
     apart = TaskBuffers.load(folder, [0], False)
     assert np.array_equal(flat(apart.terminal)[0], columns["terminated"].astype(np.float32))
     together = TaskBuffers.load(folder, [0], True)
-    assert np.array_equal(
-        flat(together.terminal)[0], (columns["terminated"] | columns["truncated"]).astype(np.float32)
-    )
+    assert np.array_equal(flat(together.terminal)[0], (columns["terminated"] | columns["truncated"]).astype(np.float32))
     assert flat(together.terminal)[0].sum() == 4
 
 

@@ -99,7 +99,10 @@ class _Outer(config.Config):
         ({"steps": 0}, r"f: steps = 0: expected greater than or equal to 1"),
         ({"steps": True}, r"f: steps = True: expected a valid integer"),
         ({}, r"f: steps: missing"),
-        ({"steps": 1, "iner": {}}, r"f: iner: unknown key; did you mean 'inner'\? available: inner, source, steps"),
+        (
+            {"steps": 1, "iner": {}},
+            r"f: iner: unknown key; did you mean 'inner'\? available: inner, source, steps",
+        ),
         ({"steps": 1, "inner": {"raet": 1}}, r"f: inner.raet: unknown key; did you mean 'rate'\?"),
         ({"steps": 1, "inner": {"rate": -1}}, r"f: inner.rate = -1: expected greater than 0"),
         ({"steps": 1, "source": []}, r"f: source.* = \[\]: expected a valid string or a valid number"),
@@ -218,7 +221,12 @@ def test_fingerprint_follows_imports_inside_functions_and_relative_ones(package)
     assert fingerprint.closure("omrl_probe.high") == ["omrl_probe", "omrl_probe.high", "omrl_probe.low"]
     (folder / "rel.py").write_text("from . import low\nfrom .high import f\n")
     take("rel")
-    assert fingerprint.closure("omrl_probe.rel") == ["omrl_probe", "omrl_probe.high", "omrl_probe.low", "omrl_probe.rel"]
+    assert fingerprint.closure("omrl_probe.rel") == [
+        "omrl_probe",
+        "omrl_probe.high",
+        "omrl_probe.low",
+        "omrl_probe.rel",
+    ]
 
 
 def test_workers_report_the_first_user_error_and_keep_finished_work(tmp_path):

@@ -36,7 +36,9 @@ def edit(tmp_path):
     return check
 
 
-@pytest.mark.parametrize("file", ["params.yaml", *(str(p.relative_to(ROOT)) for p in ROOT.glob("pipelines/*/params.yaml"))])
+@pytest.mark.parametrize(
+    "file", ["params.yaml", *(str(p.relative_to(ROOT)) for p in ROOT.glob("pipelines/*/params.yaml"))]
+)
 def test_the_params_of_the_project_are_sound(file):
     cells = params.check(ROOT / file)
     assert any(cell.startswith("evaluate@") for cell in cells)
@@ -54,7 +56,7 @@ def test_the_cells_are_those_of_the_graph():
     ("key", "value", "message"),
     [
         ("behaviour", {}, r"behaviour: unknown key; did you mean 'behavior'\?"),
-        ("env", "sparse-point-robo", r"env = 'sparse-point-robo': unknown environment; did you mean 'sparse-point-robot'"),
+        ("env", "sparse-point-robo", r"env = 'sparse-point-robo': unknown environment; did you mean 'sparse-point-r"),
         ("env", 3, r"env = 3: expected a valid string"),
         ("env_config/radius", -0.2, r"env_config\.radius = -0\.2: expected greater than 0"),
         ("env_config/sparse_reward", "eq36", r"env_config\.sparse_reward = 'eq36': expected"),

@@ -47,7 +47,12 @@ def test_swapping_a_level_reruns_what_depends_on_it_and_back_is_a_checkout(proje
     before, report = project.lock, (project.smoke / "reports/metrics.json").read_bytes()
     project.edit_params("train: [expert, relabelled]", "train: [medium]")
     swapped = project.repro()
-    assert swapped.executed == {"plan", "meta_train@focal-medium-0", "evaluate@focal-medium-expert-0", "report"}
+    assert swapped.executed == {
+        "plan",
+        "meta_train@focal-medium-0",
+        "evaluate@focal-medium-expert-0",
+        "report",
+    }
     assert "medium" in json.loads((project.smoke / "reports/metrics.json").read_text())["focal"]
     project.edit_params("train: [medium]", "train: [expert, relabelled]")
     back = project.repro()
@@ -111,9 +116,7 @@ def test_verify_and_lineage_on_the_built_pipeline(project):
     tree = project.omrl("lineage", "focal/expert/expert", "--pipeline", SMOKE).stdout
     for part in ("behavior@000-003", "dataset@expert", "meta_train@focal-expert-0"):
         assert part in tree.replace("\n", "")
-    row = json.loads(
-        project.omrl("lineage", f"{SMOKE}/data/datasets/relabelled/task=004.parquet:7", "--json").stdout
-    )
+    row = json.loads(project.omrl("lineage", f"{SMOKE}/data/datasets/relabelled/task=004.parquet:7", "--json").stdout)
     text = json.dumps(row)
     assert '"source_task"' in text
     assert ".zip" in text

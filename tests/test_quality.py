@@ -177,9 +177,7 @@ def check(level: LevelConfig, rows: int) -> None:
 )
 def test_what_the_rollouts_cannot_give_is_refused_before_any_work(level, most):
     check(level, most)
-    with pytest.raises(
-        UserError, match=rf"^params\.yaml: dataset\.transitions_per_task = {most + 1}.*'mine'.*{most}"
-    ):
+    with pytest.raises(UserError, match=rf"^params\.yaml: dataset\.transitions_per_task = {most + 1}.*'mine'.*{most}"):
         check(level, most + 1)
 
 
@@ -232,9 +230,7 @@ def prepare(lengths: dict[int, list[int]]) -> None:
         }
         for i in (0, 1)
     ]
-    write_json(
-        "data/tasks/all.json", {"env": family.name, "spec": family.spec(), "seed": 1337, "tasks": rows}
-    )
+    write_json("data/tasks/all.json", {"env": family.name, "spec": family.spec(), "seed": 1337, "tasks": rows})
     write_json("data/code/stages/dataset.json", {})
     files: dict[str, int | None] = {}
     episodes = [(c, e) for c, group in lengths.items() for e in range(len(group))]

@@ -193,9 +193,7 @@ def prepare(folder, name: str = "sparse-point-robot", tasks: int = 5) -> None:
         }
         for i in range(tasks)
     ]
-    write_json(
-        folder / "data/tasks/all.json", {"env": name, "spec": family.spec(), "seed": 1337, "tasks": rows}
-    )
+    write_json(folder / "data/tasks/all.json", {"env": name, "spec": family.spec(), "seed": 1337, "tasks": rows})
     write_json(folder / "data/code/stages/relabel.json", {})
     source = folder / "data/datasets/mixed"
     for i in range(tasks):
@@ -292,8 +290,6 @@ def test_a_damaged_source_is_named_and_nothing_is_published(place, tmp_path):
 
 
 def test_tasks_that_differ_in_dynamics_are_refused(place, tmp_path):
-    with pytest.raises(
-        UserError, match=r"relabel\.relabelled: .*'point-robot-wind' differ in their dynamics"
-    ):
+    with pytest.raises(UserError, match=r"relabel\.relabelled: .*'point-robot-wind' differ in their dynamics"):
         build("point-robot-wind")
     assert not place.exists()

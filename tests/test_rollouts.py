@@ -43,9 +43,7 @@ class Toy:
 def act(name: str = "sparse-point-robot", config: RolloutsConfig = CONFIG, seed: int = 7, family=None):
     family = family or load_family(name)
     actor = Toy()
-    columns, table = rollout(
-        actor, family, family.sample(3, 1337), index=3, checkpoint=100, config=config, seed=seed
-    )
+    columns, table = rollout(actor, family, family.sample(3, 1337), index=3, checkpoint=100, config=config, seed=seed)
     return columns, table, actor
 
 
@@ -63,9 +61,7 @@ def test_a_rollout_has_the_schema_and_the_order(name):
     assert columns["truncated"].tolist() == ([False] * 24 + [True]) * 6
     # a chain: s' of a row is s of the next
     inner = ~columns["truncated"]
-    assert np.array_equal(
-        columns["next_observation"][inner], columns["observation"][np.flatnonzero(inner) + 1]
-    )
+    assert np.array_equal(columns["next_observation"][inner], columns["observation"][np.flatnonzero(inner) + 1])
     assert table["length"].tolist() == [25] * 6
 
 
@@ -136,9 +132,7 @@ class Ending:
             count[0] += 1
             result = step(actions)
             done = count[0] >= 5 * (np.arange(copies) + 1) + (np.arange(copies) >= 4)
-            return type(result)(
-                result.next_observation, result.reward, result.sparse_reward, done, result.features
-            )
+            return type(result)(result.next_observation, result.reward, result.sparse_reward, done, result.features)
 
         env.step = ending
         return env

@@ -227,7 +227,12 @@ def load_model(folder: str | Path, device: str = "auto") -> MetaAlgorithm:
     saved = read_json(folder / CONFIG)
     hint = "restore it with 'dvc checkout', or rebuild it with 'dvc repro'"
     try:
-        sizes, name, config, seed = Sizes(**saved["sizes"]), saved["algorithm"], saved["config"], saved["seed"]
+        sizes, name, config, seed = (
+            Sizes(**saved["sizes"]),
+            saved["algorithm"],
+            saved["config"],
+            saved["seed"],
+        )
     except (KeyError, TypeError):
         raise UserError(f"{folder / CONFIG}: not the configuration of a model; {hint}") from None
     algorithm = create(name, config, sizes, seed, device, f"{folder / CONFIG}: config")

@@ -98,7 +98,12 @@ class FocalConfig(ActorCriticConfig):
 
 
 def distance_metric_loss(
-    z: Tensor, tasks: Tensor, power: int = -2, form: str = "released", beta: float | None = None, eps: float = 0.1
+    z: Tensor,
+    tasks: Tensor,
+    power: int = -2,
+    form: str = "released",
+    beta: float | None = None,
+    eps: float = 0.1,
 ) -> Tensor:
     """Return the distance-metric loss of a meta-batch (FOCAL Eq. 13), without its overall weight.
 

@@ -27,7 +27,9 @@ _LIMIT = 1 << 30  # bytes of weights that are believed
 class Actor:
     """The tanh-Gaussian policy of an SB3 SAC checkpoint, for actions in [-1, 1]."""
 
-    def __init__(self, hidden: list[tuple[Tensor, Tensor]], mean: tuple[Tensor, Tensor], log_std: tuple[Tensor, Tensor]):
+    def __init__(
+        self, hidden: list[tuple[Tensor, Tensor]], mean: tuple[Tensor, Tensor], log_std: tuple[Tensor, Tensor]
+    ):
         self._hidden, self._mean, self._log_std = hidden, mean, log_std
 
     @property

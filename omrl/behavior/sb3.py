@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def train_task(
     with atomic_dir(folder) as work:
         for step in behavior.checkpoint_steps():
             if step:
-                model.learn(behavior.checkpoint_every, log_interval=None, reset_num_timesteps=False)
+                model.learn(behavior.checkpoint_every, log_interval=sys.maxsize, reset_num_timesteps=False)
             save_checkpoint(model, work / checkpoint_name(step))
             losses = (model.logger.name_to_value.get(f"train/{k}") for k in ("actor_loss", "critic_loss", "ent_coef"))
             value = evaluate(model, family, task, seed)

@@ -92,7 +92,9 @@ def describe(path: str | Path) -> str:
     path = Path(path)
     if path.is_dir():
         if not (path / "card.json").is_file():
-            raise UserError(f"{path}: no card.json in it; expected a folder like data/datasets/expert, or a Parquet file")
+            raise UserError(
+                f"{path}: no card.json in it; expected a folder like data/datasets/expert, or a Parquet file"
+            )
         return _describe_card(read_json(path / "card.json"))
     if path.suffix != ".parquet":
         raise UserError(f"{path}: expected a dataset folder or a .parquet file")
@@ -107,7 +109,9 @@ def _describe_card(card: Mapping[str, Any]) -> str:
         "dense reward: min {min:.3f}, mean {mean:.3f}, max {max:.3f}".format(**card["reward"]),
     ]
     if any("return" in entry for entry in card["checkpoints"].values()):
-        lines.append(f"{'step':>8} {'rows':>9} {'episodes':>8} {'mean':>9} {'q25':>9} {'median':>9} {'q75':>9} {'normal.':>8}")
+        lines.append(
+            f"{'step':>8} {'rows':>9} {'episodes':>8} {'mean':>9} {'q25':>9} {'median':>9} {'q75':>9} {'normal.':>8}"
+        )
     for step, entry in sorted(card["checkpoints"].items(), key=lambda item: int(item[0])):
         line = f"{step:>8} {entry['rows']:>9,} {entry['episodes']:>8,}"
         if "return" in entry:
@@ -134,5 +138,7 @@ def _describe_file(path: Path) -> str:
     for name in ("observation", "action", "reward", "sparse_reward", "next_observation"):
         values = columns[name]
         lines.append(f"{name}: {values.dtype}{list(values.shape)}, {values.min():.4g} .. {values.max():.4g}")
-    lines.append(f"non-sparse: {(columns['sparse_reward'] != 0).mean():.1%}, truncated: {int(columns['truncated'].sum())}")
+    lines.append(
+        f"non-sparse: {(columns['sparse_reward'] != 0).mean():.1%}, truncated: {int(columns['truncated'].sum())}"
+    )
     return "\n".join(lines)

@@ -148,7 +148,12 @@ def choose_checkpoints(name: str, level: LevelConfig, task: int, normalized: Map
 
 
 def select(
-    columns: Columns, checkpoints: Sequence[int], rows: int, level: LevelConfig, rng: np.random.Generator, what: str
+    columns: Columns,
+    checkpoints: Sequence[int],
+    rows: int,
+    level: LevelConfig,
+    rng: np.random.Generator,
+    what: str,
 ) -> Columns:
     """Return exactly ``rows`` transitions of the given checkpoints, in the order of the file.
 

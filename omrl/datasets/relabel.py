@@ -22,7 +22,7 @@ from omrl.datasets.schema import Columns, concatenate, sort, take
 from omrl.errors import UserError
 
 # (task parameters, observation, action, next_observation, features) -> (dense, sparse)
-Reward = Callable[[Mapping[str, Any], Any, Any, Any, Any], tuple[NDArray[np.float32], NDArray[np.float32]]]
+Reward = Callable[[dict[str, Any], Any, Any, Any, Any], tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 
 class RelabelConfig(Config):
@@ -44,7 +44,7 @@ class RelabelConfig(Config):
         return {key: value for key, value in chosen.items() if value is not None}
 
 
-def relabel_rows(columns: Columns, task: int, parameters: Mapping[str, Any], reward: Reward) -> Columns:
+def relabel_rows(columns: Columns, task: int, parameters: dict[str, Any], reward: Reward) -> Columns:
     """Return the same transitions with the rewards of ``task``; ``source_task`` is kept."""
     dense, sparse = reward(
         parameters,

@@ -66,7 +66,7 @@ def distance_reward(goal: Sequence[float] | Array, next_observation: Array) -> A
 @cache
 def legacy_uniform(seed: int, low: float, high: float, count: int) -> NDArray[np.float64]:
     """Return draws of NumPy's legacy generator, which the released code used; read-only."""
-    values = np.random.RandomState(seed).uniform(low, high, count)  # noqa: NPY002 - the published tasks
+    values = np.random.RandomState(seed).uniform(low, high, count)
     values.setflags(write=False)
     return values
 
@@ -119,7 +119,7 @@ def draw_start(rng: np.random.Generator) -> Array:
 class PointEnv(gymnasium.Env[Any, Any]):
     """The single form: a batch of one, with the Gymnasium interface."""
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}
     family: ClassVar[type[PointFamily]]
 
     def __init__(self, task: Task | None = None, config: dict[str, Any] | None = None) -> None:
@@ -129,9 +129,7 @@ class PointEnv(gymnasium.Env[Any, Any]):
         self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Array, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         """Start an episode."""
         super().reset(seed=seed)
         return self._batch.reset([self.np_random])[0].copy(), {}

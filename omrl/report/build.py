@@ -1,0 +1,268 @@
+"""Put the report together: read what the plan names, write ``reports/``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from omrl import __version__
+from omrl.behavior.base import PROGRESS, task_folder
+from omrl.envs.base import Family
+from omrl.errors import UserError
+from omrl.files import MANIFEST, atomic_dir, input_hash, read_json, read_manifest, write_json, write_text
+from omrl.report import ReportConfig, figures, page, tables
+from omrl.report.published import TABLES
+
+
+def chain_of(folder: str | Path) -> dict[str, Any]:
+    """Return the lineage of an output folder, read from the manifests: what it is, and the same of its inputs."""
+    manifest = read_manifest(folder)
+    inputs: dict[str, Any] = {}
+    for path, digest in manifest["inputs"].items():
+        found = input_hash(path)
+        if found != digest:
+            raise UserError(
+                f"{path}: not what {Path(folder) / MANIFEST} was made from (SHA-256 {found[:12]}, expected "
+                f"{digest[:12]}); run 'dvc repro'"
+            )
+        inputs[path] = digest
+    return {
+        "kind": manifest["kind"],
+        "manifest": input_hash(folder),
+        "inputs": inputs,
+        "parameters": manifest["parameters"],
+        "packages": manifest["packages"],
+    }
+
+
+def lineage(evaluations: list[tables.Evaluation]) -> dict[str, Any]:
+    """Return lineage.json: every reported number's folders, and every folder's inputs by hash, down to the tasks."""
+    numbers: dict[str, Any] = {}
+    folders: dict[str, Any] = {}
+    todo: list[str] = []
+    for evaluation in evaluations:
+        name = evaluation.folder.as_posix()
+        numbers.setdefault("/".join(evaluation.cell), {})[str(evaluation.seed)] = name
+        todo.append(name)
+    while todo:
+        folder = todo.pop()
+        if folder not in folders:
+            folders[folder] = chain_of(folder)
+            todo += [path for path in folders[folder]["inputs"] if (Path(path) / MANIFEST).is_file()]
+    return {"numbers": numbers, "folders": folders}
+
+
+def _progress(shards: dict[str, list[int]]) -> dict[int, pd.DataFrame]:
+    return {
+        task: pd.read_csv(Path("data/behavior") / shard / task_folder(task) / PROGRESS)
+        for shard, (first, last) in shards.items()
+        for task in range(first, last + 1)
+    }
+
+
+def _color_values(tasks: list[dict[str, Any]]) -> tuple[dict[int, float], str]:
+    """Return a number per task that pictures can colour by, and what it means: an angle where one varies."""
+    for key in ("goal", "wind"):
+        values = [t["parameters"].get(key) for t in tasks]
+        if all(v is not None and len(v) == 2 for v in values) and len({tuple(v) for v in values}) > 1:
+            angles = np.degrees(np.arctan2([v[1] for v in values], [v[0] for v in values]))
+            return {t["index"]: float(a) for t, a in zip(tasks, angles, strict=True)}, f"angle of the {key} (degrees)"
+    return {t["index"]: float(t["index"]) for t in tasks}, "task index"
+
+
+def _lead(rows: list[tables.Row], references: dict[str, float], facts: dict[str, Any]) -> str:
+    best = max(rows, key=lambda row: row.summary.mean)
+    algorithm, train, test = best.cell
+    text = (
+        f"{algorithm} trained on {train} data and given {test} context reaches {best.summary.mean:.2f} "
+        f"[{best.summary.low:.2f}, {best.summary.high:.2f}] on {facts['test_tasks']} unseen tasks, where an oracle has "
+        f"{references['oracle']:.2f} and random actions {references['random']:.2f}."
+    )
+    compared = [row for row in rows if row.published is not None]
+    if compared:
+        above = sum(row.summary.mean >= (row.published or 0) for row in compared)
+        text += f" Of {len(compared)} published cells, {above} are reached or exceeded."
+    return text
+
+
+def _pictures(
+    rows: list[tables.Row],
+    evaluations: list[tables.Evaluation],
+    references: dict[str, float],
+    cards: dict[str, Any],
+    progress: dict[int, pd.DataFrame],
+    family: Family,
+    tasks: list[dict[str, Any]],
+    config: ReportConfig,
+) -> list[page.Picture]:
+    colors, meaning = _color_values(tasks)
+    method = "principal components" if config.embedding == "pca" else "t-SNE"
+    best = max(rows, key=lambda row: row.summary.mean).cell
+    path = next(e for e in evaluations if e.cell == best)
+    drawn: list[tuple[str, str, str, bytes | None]] = [
+        (
+            "results",
+            "Results with intervals",
+            "Dashed lines: controllers that need no learning. Bars that overlap are not told apart by these data.",
+            figures.results(rows, references, family.returns),
+        ),
+        (
+            "trajectories",
+            "Unseen tasks on the plane",
+            "Last episodes of a few test tasks. Stars are the hidden goals, discs where the sparse reward is given.",
+            figures.trajectories(path, family, {t["index"]: t for t in tasks}),
+        ),
+        (
+            "embeddings",
+            "Task embeddings",
+            f"Embeddings of resampled contexts ({method}); dots are training tasks, triangles unseen ones. Good "
+            "embeddings are tight per task and ordered by what the tasks differ in.",
+            figures.embeddings(evaluations, config.embedding, colors, meaning),
+        ),
+        (
+            "context",
+            "Return against the size of the context",
+            "How much offline context of an unseen task the method needs; the last point is the counted one.",
+            figures.context_curves(evaluations, family.returns),
+        ),
+        (
+            "training",
+            "Meta-training",
+            "Scalars of every model against gradient steps, one line per seed.",
+            figures.training_curves(evaluations),
+        ),
+        (
+            "behavior",
+            "Behavior policies",
+            "Deterministic return of each task's SAC policy at its checkpoints.",
+            figures.behavior_curves(progress, references, family.returns),
+        ),
+        (
+            "datasets",
+            "What the datasets hold",
+            "Returns of the behavior episodes in each dataset, over the steps of a test episode.",
+            figures.dataset_returns(cards, family.returns),
+        ),
+    ]
+    return [page.Picture(*entry) for entry in drawn if entry[3] is not None]  # type: ignore[arg-type]
+
+
+def build_report(*, env: str, family: Family, config: ReportConfig, target: str | Path = "reports") -> None:
+    """Write results.csv, metrics.json, results.md, index.html, lineage.json, figures/ and plots/.
+
+    Raises:
+        UserError: something the plan names is missing or damaged.
+    """
+    target = Path(target)
+    plan, everything = read_json("data/plan/cells.json"), read_json("data/tasks/all.json")
+    tasks = everything["tasks"]
+    evaluations = tables.load_evaluations(plan["evaluations"])
+    cards = {name: read_json(Path("data/datasets") / name / "card.json") for name in plan["datasets"]}
+    progress = _progress(plan["shards"])
+    rows = tables.table_rows(evaluations, config)
+    references = tables.reference_rows(family, tasks)
+    behavior = tables.behavior_rows(cards)
+    facts = {
+        "env": env,
+        "returns": family.returns,
+        "horizon": family.horizon,
+        "train_tasks": len(everything["train"]),
+        "test_tasks": len(everything["test"]),
+        "transitions": f"{next(iter(cards.values()))['rows_per_task']:,}",
+        "seeds": len({e.seed for e in evaluations}),
+        "protocol": evaluations[0].episodes["protocol"].iloc[0],
+        "version": __version__,
+    }
+    pictures = _pictures(rows, evaluations, references, cards, progress, family, tasks, config)
+    chain = lineage(evaluations)
+    results = tables.results_frame(evaluations)
+    target.mkdir(parents=True, exist_ok=True)
+    write_text(target / "results.csv", results.to_csv(index=False, lineterminator="\n"))
+    write_json(target / "metrics.json", tables.metrics(rows, references))
+    write_text(target / "results.md", tables.markdown(rows, references, behavior, config, facts))
+    write_json(target / "lineage.json", chain)
+    with atomic_dir(target / "figures") as folder:
+        for picture in pictures:
+            (folder / f"{picture.name}.png").write_bytes(picture.png)
+    with atomic_dir(target / "plots") as folder:
+        _plots(folder, rows, evaluations, progress, config)
+    by_folder = chain["folders"]
+    links = [
+        {
+            "algorithm": e.algorithm,
+            "train": e.train,
+            "test": e.test,
+            "seed": e.seed,
+            "mean": next(r for r in rows if r.cell == e.cell).seed_means[e.seed],
+            "evaluation": by_folder[e.folder.as_posix()]["manifest"],
+            "model": by_folder[e.folder.as_posix()]["inputs"][f"data/models/{e.algorithm}/{e.train}/{e.seed}"],
+            "data": by_folder[f"data/datasets/{e.train}"]["manifest"]
+            if f"data/datasets/{e.train}" in by_folder
+            else "",
+        }
+        for e in evaluations
+    ]
+    html = page.render(
+        facts=facts,
+        lead=_lead(rows, references, facts),
+        rows=rows,
+        drops=[tables.drop(row, rows) for row in rows],
+        references=references,
+        behavior=behavior,
+        confidence=f"{config.confidence:.0%}",
+        published=TABLES[config.published] if config.published else None,
+        pictures=pictures,
+        cards=cards,
+        definitions={name: _definition(card) for name, card in cards.items()},
+        chain=links,
+    )
+    write_text(target / "index.html", html)
+
+
+def _definition(card: dict[str, Any]) -> str:
+    chosen = {k: v for k, v in card["definition"].items() if v is not None and v is not False}
+    return ", ".join(f"{key} {value}" for key, value in chosen.items())
+
+
+def _plots(
+    folder: Path,
+    rows: list[tables.Row],
+    evaluations: list[tables.Evaluation],
+    progress: dict[int, pd.DataFrame],
+    config: ReportConfig,
+) -> None:
+    """Write the CSV files behind ``dvc plots``."""
+
+    def write(name: str, frame: pd.DataFrame) -> None:
+        frame.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n", float_format="%.9g")
+
+    models: dict[tuple[str, str, int], pd.DataFrame] = {}
+    for e in evaluations:
+        models.setdefault((e.algorithm, e.train, e.seed), e.curve)
+    write("training", pd.concat([c.assign(model=f"{a}/{d}/{s}") for (a, d, s), c in models.items()]))
+    curves = pd.concat([c.assign(task=t) for t, c in progress.items()])
+    mean = curves.groupby("step")["return"].agg(["mean", "min", "max"]).reset_index()
+    write("behavior", mean.rename(columns={"mean": "return"}))
+    cells = list(dict.fromkeys(e.cell for e in evaluations))
+    members = {cell: [e for e in evaluations if e.cell == cell] for cell in cells}
+    write("context", pd.concat([figures.context_frame(m).assign(cell="/".join(c)) for c, m in members.items()]))
+    write(
+        "embeddings",
+        pd.concat(
+            [figures.embedding_frame(m[0], config.embedding).assign(cell="/".join(c)) for c, m in members.items()]
+        ),
+    )
+    write(
+        "results",
+        pd.DataFrame(
+            {
+                "cell": ["/".join(row.cell) for row in rows],
+                "return": [row.summary.mean for row in rows],
+                "low": [row.summary.low for row in rows],
+                "high": [row.summary.high for row in rows],
+            }
+        ),
+    )

@@ -1,0 +1,260 @@
+"""Pictures: learning curves, embeddings, trajectories, dataset returns, results with intervals.
+
+PNG bytes depend on the data alone: no dates, no version of the library.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle
+from numpy.typing import NDArray
+
+from omrl.envs.base import Family
+from omrl.report.tables import Evaluation, Row
+
+# Okabe and Ito: told apart with any colour vision
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
+_STYLE: Any = {
+    "font.size": 9,
+    "font.family": "DejaVu Sans",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.dpi": 110,
+}
+
+
+def _draw(size: tuple[float, float], paint: Callable[[Figure], None]) -> bytes:
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        paint(figure)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def _label(cell: tuple[str, ...]) -> str:
+    algorithm, *datasets = cell
+    return f"{algorithm}: {' → '.join(datasets)}"
+
+
+def results(rows: list[Row], references: dict[str, float], returns: str) -> bytes:
+    """Draw every cell's mean with its interval, seeds as dots, published values as diamonds, references as lines."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        order = list(reversed(rows))
+        for place, row in enumerate(order):
+            color = COLORS[list(dict.fromkeys(r.cell[0] for r in rows)).index(row.cell[0]) % len(COLORS)]
+            axes.plot([row.summary.low, row.summary.high], [place, place], color=color, lw=4, alpha=0.35)
+            axes.plot(list(row.seed_means.values()), [place] * len(row.seed_means), ".", color=color, ms=5)
+            axes.plot(row.summary.mean, place, "|", color=color, ms=16, mew=2.5)
+            if row.published is not None:
+                axes.plot(row.published, place, "D", mfc="white", mec="#444444", ms=6)
+        for place, (name, value) in enumerate(references.items()):
+            axes.axvline(value, color="#666666", lw=1, ls=(0, (4, 2 + 2 * place)), zorder=0)
+            axes.text(value, len(rows) - 0.35, name, ha="center", va="bottom", fontsize=8, color="#444444")
+        axes.set_yticks(range(len(order)), [_label(row.cell) for row in order])
+        axes.set_ylim(-0.6, len(rows) - 0.1)
+        axes.set_xlabel(f"{returns} return (bar: bootstrap interval, tick: mean, dots: seeds, diamond: published)")
+        axes.grid(axis="y", visible=False)
+
+    return _draw((7.5, 1.3 + 0.36 * len(rows)), paint)
+
+
+def training_curves(evaluations: list[Evaluation]) -> bytes:
+    """Draw the scalars of meta-training against gradient steps, one panel each, one line per model."""
+    models: dict[tuple[str, str, int], pd.DataFrame] = {}
+    for e in evaluations:
+        models.setdefault((e.algorithm, e.train, e.seed), e.curve)
+    preferred = [
+        "metric_loss",
+        "kl",
+        "q_loss",
+        "v_loss",
+        "policy_loss",
+        "q_mean",
+        "entropy",
+        "z_rms",
+        "divergence",
+    ]
+    names = [n for n in preferred if any(n in curve for curve in models.values())]
+    kinds = list(dict.fromkeys((a, d) for a, d, _ in models))
+
+    def paint(figure: Figure) -> None:
+        columns = min(4, len(names))
+        rows = -(-len(names) // columns)
+        panels = np.atleast_1d(figure.subplots(rows, columns)).reshape(-1)
+        for axes, name in zip(panels, names, strict=False):
+            for (algorithm, dataset, _), curve in models.items():
+                if name in curve:
+                    color = COLORS[kinds.index((algorithm, dataset)) % len(COLORS)]
+                    axes.plot(curve["step"], curve[name], color=color, lw=1, alpha=0.8)
+            axes.set_title(name, fontsize=9)
+            if name in ("q_loss", "v_loss") and all((c[name] > 0).all() for c in models.values() if name in c):
+                axes.set_yscale("log")
+        for axes in panels[len(names) :]:
+            axes.set_visible(False)
+        for axes in panels[max(0, len(names) - columns) : len(names)]:
+            axes.set_xlabel("gradient steps")
+        handles = [Line2D([], [], color=COLORS[i % len(COLORS)], label=_label(k)) for i, k in enumerate(kinds)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(kinds)))
+
+    return _draw((9.5, 2.1 * -(-len(names) // 4) + 0.5), paint)
+
+
+def behavior_curves(progress: dict[int, pd.DataFrame], references: dict[str, float], returns: str) -> bytes:
+    """Draw each behavior policy's deterministic return against SAC steps, and their mean."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        for curve in progress.values():
+            axes.plot(curve["step"], curve["return"], color=COLORS[5], lw=0.7, alpha=0.5)
+        mean = pd.concat(progress.values()).groupby("step")["return"].mean()
+        axes.plot(mean.index, mean.to_numpy(), color=COLORS[0], lw=2.2, label=f"mean of {len(progress)} tasks")
+        for name in ("oracle", "random"):
+            axes.axhline(references[name], color="#666666", lw=1, ls="--" if name == "oracle" else ":", label=name)
+        axes.set_xlabel("SAC environment steps")
+        axes.set_ylabel(f"{returns} return")
+        axes.legend(loc="best")
+
+    return _draw((5.2, 3.2), paint)
+
+
+def project(points: NDArray[np.float64], method: str) -> NDArray[np.float64]:
+    """Return points [n, d] on the plane, [n, 2]: principal components, or t-SNE from a fixed state."""
+    centered = points - points.mean(axis=0)
+    if method == "tsne" and len(points) > 10:
+        from sklearn.manifold import TSNE
+
+        perplexity = min(30.0, (len(points) - 1) / 3)
+        plane = TSNE(2, perplexity=perplexity, init="pca", random_state=0, n_jobs=1).fit_transform(centered)
+        return np.asarray(plane, dtype=np.float64)
+    _, _, axes = np.linalg.svd(centered, full_matrices=False)
+    axes = axes[:2] * np.where(
+        np.abs(axes[:2]).max(axis=1, keepdims=True) == axes[:2].max(axis=1, keepdims=True), 1, -1
+    )
+    plane = centered @ axes.T
+    return np.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
+
+
+def embedding_frame(evaluation: Evaluation, method: str) -> pd.DataFrame:
+    """Return the projected embeddings of one model: task, split, resample, x, y."""
+    table = evaluation.embeddings
+    plane = project(np.stack(table["embedding"].to_list()).astype(np.float64), method)
+    return table[["task", "split", "resample"]].assign(x=plane[:, 0], y=plane[:, 1])
+
+
+def embeddings(evaluations: list[Evaluation], method: str, color_of: dict[int, float], meaning: str) -> bytes:
+    """Draw the embeddings of every task's resampled contexts, one panel per cell (its first seed)."""
+    first: dict[tuple[str, str, str], Evaluation] = {}
+    for e in evaluations:
+        first.setdefault(e.cell, e)
+    chosen = list(first.values())[:9]
+    columns = min(3, len(chosen))
+
+    def paint(figure: Figure) -> None:
+        panels = np.atleast_1d(figure.subplots(-(-len(chosen) // columns), columns)).reshape(-1)
+        values = np.array(list(color_of.values()))
+        norm = mpl.colors.Normalize(values.min(), values.max())
+        for axes, evaluation in zip(panels, chosen, strict=False):
+            frame = embedding_frame(evaluation, method)
+            for split, marker, size in (("train", "o", 9), ("test", "^", 26)):
+                part = frame[frame["split"] == split]
+                axes.scatter(
+                    part["x"], part["y"], c=[color_of[t] for t in part["task"]], norm=norm, cmap="viridis",
+                    marker=marker, s=size, alpha=0.85, lw=0.4, edgecolors="black" if split == "test" else "none",
+                )  # fmt: skip
+            axes.set_title(_label(evaluation.cell), fontsize=8.5)
+            axes.set_xticks([])
+            axes.set_yticks([])
+        for axes in panels[len(chosen) :]:
+            axes.set_visible(False)
+        mapper = mpl.cm.ScalarMappable(norm, "viridis")
+        figure.colorbar(mapper, ax=list(panels), label=meaning, shrink=0.7, aspect=30)
+
+    return _draw((3.1 * columns + 0.8, 2.8 * -(-len(chosen) // columns) + 0.2), paint)
+
+
+def trajectories(evaluation: Evaluation, family: Family, tasks: dict[int, dict[str, Any]]) -> bytes | None:
+    """Draw the last episodes of a few test tasks on the plane, with goals; None if there is no plane."""
+    shown = evaluation.trajectories
+    planes = {t: family.plane(tasks[t]["parameters"]) for t in shown["task"].unique()}
+    if not planes or any(p is None for p in planes.values()):
+        return None
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        for place, (task, plane) in enumerate(planes.items()):
+            color = COLORS[place % len(COLORS)]
+            path = np.stack(shown[shown["task"] == task]["observation"].to_list())
+            axes.plot(path[:, 0], path[:, 1], "-o", color=color, ms=2.5, lw=1.2, label=f"task {task}")
+            if plane is not None:
+                axes.plot(*plane["goal"], marker="*", color=color, ms=11, mec="black", mew=0.5, ls="none")
+                if plane["radius"]:
+                    axes.add_patch(Circle(plane["goal"], plane["radius"], color=color, alpha=0.15, lw=0))
+        axes.plot(path[0, 0], path[0, 1], "s", color="black", ms=5, ls="none", label="start")
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_title(f"{_label(evaluation.cell)}, seed {evaluation.seed}", fontsize=9)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+    return _draw((6.2, 3.9), paint)
+
+
+def dataset_returns(cards: dict[str, dict[str, Any]], returns: str) -> bytes | None:
+    """Draw the histogram of behavior returns of every dataset that has one."""
+    shown = {n: c["return_histogram"] for n, c in cards.items() if c["return_histogram"]}
+    if not shown:
+        return None
+
+    def paint(figure: Figure) -> None:
+        panels = np.atleast_1d(figure.subplots(1, len(shown), sharex=True)).reshape(-1)
+        for place, (axes, (name, histogram)) in enumerate(zip(panels, shown.items(), strict=True)):
+            axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=COLORS[place % len(COLORS)])
+            axes.set_title(f"{name}: {cards[name]['episodes']:,} episodes", fontsize=9)
+            axes.set_xlabel(f"{returns} return")
+        panels[0].set_ylabel("episodes")
+
+    return _draw((2.5 * len(shown) + 0.6, 2.5), paint)
+
+
+def context_curves(evaluations: list[Evaluation], returns: str) -> bytes:
+    """Draw the return on test tasks against the size of the context."""
+
+    def paint(figure: Figure) -> None:
+        axes: Axes = figure.subplots()
+        cells = list(dict.fromkeys(e.cell for e in evaluations))
+        for place, cell in enumerate(cells):
+            frame = context_frame([e for e in evaluations if e.cell == cell])
+            style = "-" if place < len(COLORS) else "--"
+            axes.plot(
+                frame["context_transitions"],
+                frame["return"],
+                style,
+                color=COLORS[place % len(COLORS)],
+                label=_label(cell),
+            )
+        axes.set_xlabel("transitions of context")
+        axes.set_ylabel(f"{returns} return, test tasks")
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+    return _draw((7.2, 3.2), paint)
+
+
+def context_frame(evaluations: list[Evaluation]) -> pd.DataFrame:
+    """Return context_transitions and the mean return on test tasks over seeds, tasks and repetitions."""
+    episodes = pd.concat([e.episodes for e in evaluations])
+    test = episodes[episodes["split"] == "test"]
+    return test.groupby("context_transitions", sort=True)["return"].mean().reset_index()

@@ -1,0 +1,242 @@
+"""Numbers: from evaluation files to results.csv, metrics.json and results.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from omrl import seeding
+from omrl.datasets.parquet import read_table, verified
+from omrl.envs.base import Family
+from omrl.evaluation import CURVE, DIAGNOSTICS, EMBEDDINGS, EPISODES, TRAJECTORIES
+from omrl.files import read_json
+from omrl.report import ReportConfig
+from omrl.report.published import TABLES
+from omrl.statistics import Summary, summarize
+
+Cell = tuple[str, str, str]  # algorithm, training dataset, test dataset
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluated model: what its folder holds."""
+
+    algorithm: str
+    train: str
+    test: str
+    seed: int
+    folder: Path
+    episodes: pd.DataFrame
+    embeddings: pd.DataFrame
+    trajectories: pd.DataFrame
+    diagnostics: dict[str, Any]
+    curve: pd.DataFrame
+
+    @property
+    def cell(self) -> Cell:
+        """The row of the table it belongs to."""
+        return self.algorithm, self.train, self.test
+
+
+def evaluation_folder(entry: dict[str, Any]) -> Path:
+    """Return the folder of a planned evaluation."""
+    return Path("data/evaluations") / entry["algorithm"] / entry["train"] / entry["test"] / str(entry["seed"])
+
+
+def load_evaluations(planned: list[dict[str, Any]]) -> list[Evaluation]:
+    """Read every planned evaluation, each file compared with its manifest.
+
+    Raises:
+        UserError: one is missing or damaged; the message names the file.
+    """
+    found = []
+    for entry in planned:
+        folder = evaluation_folder(entry)
+        episodes, embeddings, trajectories, diagnostics, curve = verified(
+            folder, [EPISODES, EMBEDDINGS, TRAJECTORIES, DIAGNOSTICS, CURVE]
+        )
+        found.append(
+            Evaluation(
+                entry["algorithm"],
+                entry["train"],
+                entry["test"],
+                entry["seed"],
+                folder,
+                read_table(episodes).to_pandas(),
+                read_table(embeddings).to_pandas(),
+                read_table(trajectories).to_pandas(),
+                read_json(diagnostics),
+                pd.read_csv(curve),
+            )
+        )
+    return found
+
+
+def results_frame(evaluations: list[Evaluation]) -> pd.DataFrame:
+    """Return the counted episodes of the test tasks, tidy: one row per return."""
+    parts = []
+    for evaluation in evaluations:
+        episodes = evaluation.episodes
+        counted = episodes[episodes["counted"] & (episodes["split"] == "test")]
+        parts.append(
+            pd.DataFrame(
+                {
+                    "algorithm": evaluation.algorithm,
+                    "train_dataset": evaluation.train,
+                    "test_dataset": evaluation.test,
+                    "seed": evaluation.seed,
+                    "task": counted["task"],
+                    "episode": counted["repetition"],
+                    "return": counted["return"],
+                    "normalized": counted["normalized"],
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the result table."""
+
+    cell: Cell
+    summary: Summary
+    normalized: float
+    train_tasks: float
+    seed_means: dict[int, float]
+    diagnostics: dict[str, float]
+    published: float | None
+
+
+def _scores(evaluations: list[Evaluation], split: str, column: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return [seeds, tasks]: each task's mean over the repetitions' counted episodes."""
+    rows = []
+    for evaluation in evaluations:
+        episodes = evaluation.episodes
+        counted = episodes[episodes["counted"] & (episodes["split"] == split)]
+        rows.append(counted.groupby("task", sort=True)[column].mean().to_numpy(dtype=np.float64))
+    return np.stack(rows)
+
+
+def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]:
+    """Return the table: one row per algorithm, training and test dataset, in the order of params.yaml."""
+    cells: dict[Cell, list[Evaluation]] = {}
+    for evaluation in evaluations:
+        cells.setdefault(evaluation.cell, []).append(evaluation)
+    published = TABLES[config.published].values if config.published else {}
+    rows = []
+    for cell, members in cells.items():
+        scores = _scores(members, "test", "return")
+        rng = seeding.generator(0, "bootstrap", *cell)
+        diagnostics = {}
+        for key in ("esr", "rms", "embedding_variance"):
+            values = [m.diagnostics[key] for m in members if m.diagnostics[key] is not None]
+            if values:
+                diagnostics[key] = float(np.mean(values))
+        rows.append(
+            Row(
+                cell,
+                summarize(scores, config.bootstrap_samples, config.confidence, rng),
+                float(_scores(members, "test", "normalized").mean()),
+                float(_scores(members, "train", "return").mean()),
+                {m.seed: float(s.mean()) for m, s in zip(members, scores, strict=True)},
+                diagnostics,
+                published.get(cell),
+            )
+        )
+    return rows
+
+
+def reference_rows(family: Family, tasks: list[dict[str, Any]]) -> dict[str, float]:
+    """Return mean returns over the test tasks of controllers that need no learning: oracle, random, others."""
+    test = [t for t in tasks if t["split"] == "test"]
+    rows = {"oracle": float(np.mean([t["oracle_return"] for t in test]))}
+    others = [family.references(t["parameters"]) for t in test]
+    for name in others[0]:
+        rows[name] = float(np.mean([values[name] for values in others]))
+    return rows | {"random": float(np.mean([t["random_return"] for t in test]))}
+
+
+def behavior_rows(cards: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Return dataset -> mean return of the behavior episodes in it, over the steps of a test episode."""
+    rows = {}
+    for name, card in cards.items():
+        entries = [e for e in card["checkpoints"].values() if "return" in e]
+        if entries:
+            total = sum(e["episodes"] for e in entries)
+            rows[name] = sum(e["return"]["mean"] * e["episodes"] for e in entries) / total
+    return rows
+
+
+def metrics(rows: list[Row], references: dict[str, float]) -> dict[str, Any]:
+    """Return metrics.json: algorithm -> train -> test -> numbers, and the references."""
+    nested: dict[str, Any] = {}
+    for row in rows:
+        algorithm, train, test = row.cell
+        nested.setdefault(algorithm, {}).setdefault(train, {})[test] = {
+            "mean": row.summary.mean,
+            "iqm": row.summary.iqm,
+            "ci_low": row.summary.low,
+            "ci_high": row.summary.high,
+            "n": row.summary.n,
+            "normalized": row.normalized,
+            "train_tasks_mean": row.train_tasks,
+            **row.diagnostics,
+        }
+    return nested | {"reference": references}
+
+
+def drop(row: Row, rows: list[Row]) -> float | None:
+    """Return return(A, A) - return(A, B) for a row (A, B), the papers' measure of distribution shift."""
+    algorithm, train, test = row.cell
+    for other in rows:
+        if other.cell == (algorithm, train, train) and test != train:
+            return other.summary.mean - row.summary.mean
+    return None
+
+
+def markdown(
+    rows: list[Row],
+    references: dict[str, float],
+    behavior: dict[str, float],
+    config: ReportConfig,
+    facts: dict[str, Any],
+) -> str:
+    """Return results.md: the table a paper would print, with what has to be known to read it."""
+    percent = f"{config.confidence:.0%}"
+    lines = [
+        f"# {facts['env']}",
+        "",
+        f"{facts['returns'].capitalize()} return over {facts['horizon']} steps on {facts['test_tasks']} unseen tasks, "
+        f"{facts['seeds']} seed(s); protocol `{facts['protocol']}`. Interval: {percent} "
+        "bootstrap over tasks and seeds. Normalized: 0 random, 1 oracle.",
+        "",
+        "| algorithm | trained on | test context | return | interval | IQM | normalized | drop |"
+        + (" published | ours - published |" if config.published else ""),
+        "|---|---|---|---:|---|---:|---:|---:|" + ("---:|---:|" if config.published else ""),
+    ]
+    for row in rows:
+        algorithm, train, test = row.cell
+        shift = drop(row, rows)
+        line = (
+            f"| {algorithm} | {train} | {test} | {row.summary.mean:.2f} | "
+            f"[{row.summary.low:.2f}, {row.summary.high:.2f}] | {row.summary.iqm:.2f} | {row.normalized:.2f} | "
+            f"{'' if shift is None else f'{shift:.2f}'} |"
+        )
+        if config.published:
+            known = row.published
+            line += " | |" if known is None else f" {known:.2f} | {row.summary.mean - known:+.2f} |"
+        lines.append(line)
+    tail = " | |" if config.published else ""
+    for name, value in references.items():
+        lines.append(f"| *{name}* | | | {value:.2f} | | | | |{tail}")
+    for name, value in behavior.items():
+        lines.append(f"| *behavior policies* | {name} | | {value:.2f} | | | | |{tail}")
+    if config.published:
+        table = TABLES[config.published]
+        lines += ["", f"Published: {table.citation}. {table.note}"]
+    return "\n".join(lines) + "\n"
