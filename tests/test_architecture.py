@@ -18,7 +18,7 @@ FLOORS = [
     r"omrl\.actor_critic",
     r"omrl\.(behavior|algorithms)(\..*)?",
     r"omrl\.(rollouts|cutting|training|evaluation)",
-    r"omrl\.(statistics|lineage|verify)",
+    r"omrl\.(statistics|pipeline|lineage|verify)",
     r"omrl\.report(\..*)?",
     r"omrl\.cli",
     r"stages(\..*)?",

@@ -1,0 +1,274 @@
+"""Lineage: from a number, a folder, a file or a single row back to what made it.
+
+Built on dvc.lock (what ran, with which inputs and parameters), on the manifests (checkpoints, run seeds) and
+on the rows' own keys; compared with what lies on disk.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from omrl.behavior.base import checkpoint_name, task_folder
+from omrl.datasets.parquet import read_footer, read_transitions
+from omrl.datasets.schema import KEY
+from omrl.errors import UserError, suggest
+from omrl.files import read_json, read_manifest, sha256
+from omrl.pipeline import Output, Pipeline
+
+_PLAN = "data/plan"
+
+
+def trace(pipeline: Pipeline, target: str, row: int | None = None) -> dict[str, Any]:
+    """Return the lineage of ``target``.
+
+    Args:
+        pipeline: where it stands.
+        target: ``reports/metrics.json:focal.expert.expert.mean``, ``focal/expert/expert`` with or without a
+            seed, or a path relative to the pipeline: a folder, a file, or ``file.parquet:<row>``.
+        row: row of a Parquet file, another way of writing it.
+
+    Returns:
+        ``target``, ``facts`` about it, ``roots`` (the cells it comes from directly), ``cells`` (every cell
+        behind it, by name), ``problems`` (what on disk is not what dvc.lock records) and ``uncommitted``.
+
+    Raises:
+        UserError: nothing of that name, or a row out of range.
+    """
+    path, _, rest = target.partition(":")
+    if rest and re.fullmatch(r"\d+", rest) and row is None:
+        row, rest = int(rest), ""
+    if path == "reports/metrics.json" and rest:
+        facts, outputs = _number(pipeline, rest.split("."))
+    elif not (pipeline.folder / path).exists() and not path.startswith(("data/", "reports/")):
+        facts, outputs = _number(pipeline, path.split("/"))
+    else:
+        facts, outputs = _path(pipeline, path, row)
+    cells: dict[str, Any] = {}
+    for output in outputs:
+        _collect(pipeline, output, cells)
+    problems = [
+        f"{pipeline.folder / out['path']} is {out['state']}: not what {pipeline.folder}/dvc.lock records"
+        for cell in cells.values()
+        for out in cell["outputs"]
+        if out["state"] != "ok"
+    ]
+    return {
+        "target": target,
+        "pipeline": pipeline.folder.as_posix(),
+        "facts": facts,
+        "roots": list(dict.fromkeys(output.stage for output in outputs)),
+        "cells": cells,
+        "problems": problems + facts.pop("problems", []),
+        "uncommitted": pipeline.uncommitted(),
+    }
+
+
+def _collect(pipeline: Pipeline, output: Output, cells: dict[str, Any]) -> None:
+    """Add the cell behind ``output`` and, first, all cells it reads."""
+    if output.stage in cells:
+        return
+    stage = pipeline.stages[output.stage]
+    cells[output.stage] = {}  # holds the place against cycles, which a sound lock does not have
+    parents: list[str] = []
+    code: dict[str, str] = {}
+    for path, md5 in stage.deps.items():
+        if path.startswith("data/code/"):
+            code[path] = _fingerprint(pipeline, path)
+        for parent in pipeline.under(path):
+            if parent.stage not in parents and not parent.path.startswith(_PLAN):
+                parents.append(parent.stage)
+                _collect(pipeline, parent, cells)
+        if not pipeline.under(path):
+            code[path] = md5
+    cells[output.stage] = {
+        "command": stage.command,
+        "outputs": [
+            {"path": out.path, "md5": out.md5, "size": out.size, "state": pipeline.state(out)} for out in stage.outs
+        ],
+        "commit": pipeline.commit_of(output.md5),
+        "parameters": stage.params,
+        "code": code,
+        "reads": parents,
+    }
+
+
+def _fingerprint(pipeline: Pipeline, path: str) -> str:
+    try:
+        return str(read_json(pipeline.folder / path)["fingerprint"])
+    except (UserError, KeyError, TypeError):
+        return "missing on disk"
+
+
+def _number(pipeline: Pipeline, keys: list[str]) -> tuple[dict[str, Any], list[Output]]:
+    """Return value and evaluation cells of a number in the report."""
+    metrics = read_json(pipeline.folder / "reports/metrics.json")
+    value: Any = metrics
+    place: list[str] = []
+    for key in keys[:4] if keys[3:] and not keys[3].isdigit() else keys[:3]:
+        if not isinstance(value, dict) or key not in value:
+            options = suggest(key, value if isinstance(value, dict) else [])
+            shown = "/".join(place) or "the report"
+            raise UserError(f"'{'/'.join(keys)}': no '{key}' in {shown}; {options}")
+        value, place = value[key], [*place, key]
+    prefix = "data/evaluations/" + "/".join(keys[:3])
+    found = [out for out in pipeline.outputs() if out.path.startswith(prefix + "/")]
+    if keys[3:] and keys[3].isdigit():
+        found = [out for out in found if out.path == f"{prefix}/{keys[3]}"]
+    if not found:
+        raise UserError(f"'{'/'.join(keys)}': no evaluation of that name in {pipeline.folder}/dvc.lock")
+    return {"kind": "number", "value": value, "evaluations": [out.path for out in found]}, found
+
+
+def _path(pipeline: Pipeline, path: str, row: int | None) -> tuple[dict[str, Any], list[Output]]:
+    """Return facts and output of a path, or of a row of a Parquet file."""
+    output = pipeline.output_of(path)
+    full = pipeline.folder / path
+    if row is not None:
+        return _row(pipeline, path, row), [output]
+    facts: dict[str, Any] = {"kind": "path", "path": path, "output": output.path}
+    if full.suffix == ".parquet" and full.is_file():
+        facts["sha256"] = sha256(full)
+        footer = read_footer(full)
+        facts |= {key: footer[key] for key in ("task", "checkpoints") if key in footer}
+    match = re.fullmatch(r"data/behavior/([^/]+)/task=(\d+)/step=(\d+)\.zip", path)
+    if match:
+        facts |= _run(pipeline, match[1], int(match[2]), int(match[3]), None)
+    return facts, [output]
+
+
+def _row(pipeline: Pipeline, path: str, row: int) -> dict[str, Any]:
+    """Return what a row of transitions is and where its physical transition comes from."""
+    full = pipeline.folder / path
+    columns = read_transitions(full, [*KEY, "task", "reward", "sparse_reward", "deterministic"])
+    rows = len(columns["task"])
+    if not 0 <= row < rows:
+        raise UserError(f"{full}: row {row} is out of range, expected 0..{rows - 1}")
+    facts: dict[str, Any] = {"kind": "row", "path": path, "row": row}
+    facts |= {name: values[row].item() for name, values in columns.items()}
+    source, step = facts["source_task"], facts["checkpoint"]
+    shards = read_json(pipeline.folder / "data/plan/shards.json")["shards"]
+    shard = next((name for name, (first, last) in shards.items() if first <= source <= last), None)
+    if shard is None:
+        raise UserError(f"{full}: row {row} comes from task {source}, which no shard of data/plan/shards.json has")
+    rollouts = f"data/rollouts/{shard}/task={source:03d}.parquet"
+    there = read_transitions(pipeline.folder / rollouts, list(KEY))
+    same = np.ones(len(there["step"]), dtype=np.bool_)
+    for name in KEY:
+        same &= there[name] == columns[name][row]
+    facts["rollout"] = {"path": rollouts, "rows": np.flatnonzero(same).tolist()}
+    recorded = read_footer(pipeline.folder / rollouts)["checkpoints"].get(str(step))
+    facts |= _run(pipeline, shard, source, step, recorded)
+    if len(facts["rollout"]["rows"]) != 1:
+        facts["problems"].append(
+            f"{pipeline.folder / rollouts} has {len(facts['rollout']['rows'])} rows of this transition, expected one"
+        )
+    return facts
+
+
+def _run(pipeline: Pipeline, shard: str, task: int, step: int, recorded: str | None) -> dict[str, Any]:
+    """Return checkpoint and SB3 run behind a transition; compare the checkpoint with what the rollouts recorded."""
+    folder = pipeline.folder / "data/behavior" / shard
+    manifest = read_manifest(folder)
+    name = f"{task_folder(task)}/{checkpoint_name(step)}"
+    path = folder / name
+    found = sha256(path) if path.is_file() else None
+    expected = recorded or manifest["files"].get(name, {}).get("sha256")
+    problems = []
+    if found != expected:
+        problems.append(
+            f"{path} is {'missing' if found is None else 'modified'}: its SHA-256 is not the recorded {expected}"
+        )
+    return {
+        "checkpoint_file": {"path": f"data/behavior/{shard}/{name}", "sha256": found, "recorded": expected},
+        "sb3_run": {
+            "task": task,
+            "step": step,
+            "seed": manifest["parameters"]["run_seeds"][str(task)],
+            "behavior": manifest["parameters"]["behavior"],
+            "packages": manifest["packages"],
+        },
+        "problems": problems,
+    }
+
+
+def describe_parameters(parameters: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return nested parameters as ``key = value`` lines."""
+    lines = []
+    for key, value in parameters.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            lines += describe_parameters(value, f"{name}.")
+        else:
+            lines.append(f"{name} = {value}")
+    return lines
+
+
+def tree(result: dict[str, Any]) -> str:
+    """Return the lineage as text: facts, then the cells as a tree, each told once."""
+    facts = result["facts"]
+    lines = [f"{result['target']}  ({result['pipeline']})"]
+    if facts["kind"] == "number":
+        value = facts["value"]
+        shown = value if not isinstance(value, dict) else ", ".join(f"{k} {v:.6g}" for k, v in value.items())
+        lines.append(f"  value: {shown}")
+        lines += [f"  evaluated in {path}" for path in facts["evaluations"]]
+    elif facts["kind"] == "row":
+        lines.append(
+            f"  row {facts['row']}: reward of task {facts['task']} = {facts['reward']:.6g}, sparse "
+            f"{facts['sparse_reward']:.6g}"
+        )
+        lines.append(
+            f"  transition of source task {facts['source_task']}, checkpoint {facts['checkpoint']}, episode "
+            f"{facts['episode']}, step {facts['step']}, "
+            f"{'mean' if facts['deterministic'] else 'sampled'} action"
+        )
+        rollout = facts["rollout"]
+        lines.append(f"  rolled out in {rollout['path']}, row {', '.join(map(str, rollout['rows']))}")
+    if "checkpoint_file" in facts:
+        checkpoint, run = facts["checkpoint_file"], facts["sb3_run"]
+        agreement = "as recorded" if checkpoint["sha256"] == checkpoint["recorded"] else "NOT as recorded"
+        lines.append(f"  acted: {checkpoint['path']}")
+        lines.append(f"         SHA-256 {checkpoint['sha256']} ({agreement})")
+        lines.append(f"  SB3 run: task {run['task']}, step {run['step']}, seed {run['seed']}")
+        lines += [f"         {line}" for line in describe_parameters(run["behavior"])]
+    if "sha256" in facts:
+        lines.append(f"  SHA-256 {facts['sha256']}")
+    told: set[str] = set()
+    for root in result["roots"]:
+        _branch(result["cells"], root, "", told, lines)
+    if result["uncommitted"]:
+        shown = ", ".join(result["uncommitted"][:5])
+        lines.append(f"Not committed: {shown}{' and more' if len(result['uncommitted']) > 5 else ''}")
+    lines += [f"WARNING: {problem}" for problem in result["problems"]]
+    if not result["problems"]:
+        lines.append("Everything above is on disk as dvc.lock records it.")
+    return "\n".join(lines)
+
+
+def _branch(cells: dict[str, Any], name: str, indent: str, told: set[str], lines: list[str]) -> None:
+    cell = cells[name]
+    if name in told:
+        lines.append(f"{indent}{name} (see above)")
+        return
+    told.add(name)
+    lines.append(f"{indent}{name}")
+    inner = indent + "│ "
+    for out in cell["outputs"]:
+        mark = "" if out["state"] == "ok" else f"  ** {out['state'].upper()} **"
+        lines.append(f"{inner}{out['path']}  md5 {out['md5']}  {out['size']:,} bytes{mark}")
+    commit = cell["commit"]
+    if commit is None:
+        lines.append(f"{inner}commit: none yet, only the working tree's dvc.lock has it")
+    else:
+        lines.append(f"{inner}commit: {commit['commit'][:12]} {commit['date']} {commit['subject']}")
+    parameters = describe_parameters(cell["parameters"])
+    if parameters:
+        lines.append(f"{inner}params: {'; '.join(parameters)}")
+    for path, value in cell["code"].items():
+        lines.append(f"{inner}code: {path} {value[:16]}")
+    for parent in cell["reads"]:
+        if parent != "code":
+            _branch(cells, parent, inner, told, lines)

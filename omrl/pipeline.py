@@ -1,0 +1,223 @@
+"""A pipeline as DVC left it: dvc.lock, the files on disk, the cache behind them. Reads; never changes."""
+
+from __future__ import annotations
+
+import configparser
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from omrl.errors import UserError
+
+LOCK = "dvc.lock"
+_IGNORED = ("__pycache__", ".scratch", ".gitignore")
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output as dvc.lock records it.
+
+    Attributes:
+        path: relative to the pipeline's folder.
+        md5: of the file, or of the folder's listing, ending in ``.dir``.
+        size: bytes.
+        stage: the cell that wrote it.
+    """
+
+    path: str
+    md5: str
+    size: int
+    stage: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A cell as dvc.lock records it."""
+
+    name: str
+    command: str
+    deps: dict[str, str]  # path -> md5
+    params: dict[str, Any]
+    outs: list[Output] = field(default_factory=list)
+
+
+def md5_of_file(path: Path) -> str:
+    """Return the MD5 of a file's bytes, as DVC names it."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "md5").hexdigest()
+
+
+def listing(folder: Path) -> list[dict[str, str]]:
+    """Return DVC's listing of a folder: MD5 and relative path of every file, by path."""
+    entries = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part in _IGNORED or part.endswith(".partial") for part in relative.parts)
+        if path.is_file() and not hidden:
+            entries.append({"md5": md5_of_file(path), "relpath": relative.as_posix()})
+    return sorted(entries, key=lambda entry: entry["relpath"])
+
+
+def md5_of_listing(entries: list[dict[str, str]]) -> str:
+    """Return the MD5 by which DVC names a folder with this listing."""
+    return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def md5_of(path: Path) -> str | None:
+    """Return what DVC would record for ``path``; None if nothing is there."""
+    if path.is_dir():
+        return md5_of_listing(listing(path))
+    return md5_of_file(path) if path.is_file() else None
+
+
+class Pipeline:
+    """One folder with params.yaml, dvc.yaml and dvc.lock.
+
+    Args:
+        folder: the pipeline's folder.
+
+    Raises:
+        UserError: it has no dvc.lock, or the lock is damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / LOCK
+        try:
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            raw = content["stages"]
+        except FileNotFoundError:
+            raise UserError(f"{path}: missing; run 'dvc repro' in {self.folder} first") from None
+        except (yaml.YAMLError, KeyError, TypeError):
+            raise UserError(f"{path}: damaged, expected DVC's lock file; restore it with 'git checkout'") from None
+        self.stages: dict[str, Stage] = {}
+        for name, entry in raw.items():
+            outs = [Output(o["path"], o["md5"], o.get("size", 0), name) for o in entry.get("outs", [])]
+            deps = {d["path"]: d["md5"] for d in entry.get("deps", [])}
+            params = {key: value for part in entry.get("params", {}).values() for key, value in part.items()}
+            self.stages[name] = Stage(name, entry["cmd"], deps, params, outs)
+
+    @cached_property
+    def wanted(self) -> set[str] | None:
+        """The outputs of cells that params.yaml asks for now (data/plan/cells.json); None if there is no plan."""
+        try:
+            plan = json.loads((self.folder / "data/plan/cells.json").read_text())
+        except (OSError, ValueError):
+            return None
+        paths = {f"data/{kind}/{shard}" for kind in ("behavior", "rollouts") for shard in plan["shards"]}
+        paths |= {f"data/datasets/{name}" for name in plan["datasets"]}
+        paths |= {f"data/models/{m['algorithm']}/{m['train']}/{m['seed']}" for m in plan["models"]}
+        return paths | {
+            f"data/evaluations/{e['algorithm']}/{e['train']}/{e['test']}/{e['seed']}" for e in plan["evaluations"]
+        }
+
+    def current(self, output: Output) -> bool:
+        """Does params.yaml still ask for this output? (dvc.lock keeps cells of earlier choices.)"""
+        cells = ("data/behavior/", "data/rollouts/", "data/datasets/", "data/models/", "data/evaluations/")
+        return self.wanted is None or not output.path.startswith(cells) or output.path in self.wanted
+
+    def outputs(self) -> Iterator[Output]:
+        """Yield the outputs that the present params ask for."""
+        for stage in self.stages.values():
+            yield from (out for out in stage.outs if self.current(out))
+
+    def output_of(self, path: str) -> Output:
+        """Return the output that ``path`` (relative to the pipeline) is, or lies in.
+
+        Raises:
+            UserError: no stage in dvc.lock writes it.
+        """
+        for stage in self.stages.values():
+            for out in stage.outs:
+                if path == out.path or path.startswith(out.path + "/"):
+                    return out
+        raise UserError(f"{self.folder / path}: no stage in {self.folder / LOCK} writes it")
+
+    def under(self, path: str) -> list[Output]:
+        """Return the outputs that a dependency on ``path`` reads: the one it lies in, or all below it."""
+        return [
+            out
+            for out in self.outputs()
+            if path == out.path or path.startswith(out.path + "/") or out.path.startswith(path + "/")
+        ]
+
+    def state(self, output: Output) -> str:
+        """Return ``ok``, ``missing`` or ``modified``: the file on disk against dvc.lock."""
+        found = md5_of(self.folder / output.path)
+        return "missing" if found is None else "ok" if found == output.md5 else "modified"
+
+    @cached_property
+    def repository(self) -> Path:
+        """The folder with .dvc, at or above the pipeline's.
+
+        Raises:
+            UserError: there is none.
+        """
+        for folder in [self.folder.resolve(), *self.folder.resolve().parents]:
+            if (folder / ".dvc").is_dir():
+                return folder
+        raise UserError(f"{self.folder}: not inside a DVC repository (no .dvc here or above)")
+
+    @cached_property
+    def cache(self) -> Path:
+        """The folder of cache objects, honouring ``cache.dir`` of .dvc/config and .dvc/config.local."""
+        base = self.repository / ".dvc"
+        chosen = base / "cache"
+        for name in ("config", "config.local"):
+            parser = configparser.ConfigParser()
+            parser.read(base / name)
+            if parser.has_option("cache", "dir"):
+                chosen = (base / parser.get("cache", "dir")).resolve()
+        return chosen / "files" / "md5"
+
+    def object_path(self, md5: str) -> Path:
+        """Return where the cache keeps the object ``md5``."""
+        return self.cache / md5[:2] / md5[2:]
+
+    def git(self, *arguments: str) -> str | None:
+        """Return what git says, None where it fails (no repository, no such revision)."""
+        done = subprocess.run(
+            ["git", *arguments], cwd=self.folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+        return done.stdout if done.returncode == 0 else None
+
+    def commit_of(self, md5: str) -> dict[str, str] | None:
+        """Return the first commit whose dvc.lock has ``md5``; None if only the working tree has it."""
+        found = self.git("log", "--format=%H%x09%cs%x09%s", f"-S{md5}", "--", LOCK)
+        lines = (found or "").splitlines()
+        if not lines:
+            return None
+        commit, date, subject = lines[-1].split("\t", 2)
+        return {"commit": commit, "date": date, "subject": subject}
+
+    def uncommitted(self) -> list[str]:
+        """Return the paths that differ from the last commit, of those that results depend on."""
+        found = self.git("status", "--porcelain", "--", ".", ":(top)omrl", ":(top)stages") or ""
+        return [line[3:] for line in found.splitlines()]
+
+
+def find_pipeline(path: str | Path) -> Path:
+    """Return the nearest folder with a dvc.yaml, at or above ``path``.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    for folder in [path, *path.parents]:
+        if (folder / "dvc.yaml").is_file():
+            return folder
+    raise UserError(f"{path}: not inside a pipeline (no dvc.yaml here or above); name one with --pipeline")
+
+
+def all_pipelines(root: str | Path = ".") -> list[Path]:
+    """Return the pipelines below ``root`` that have a dvc.lock: its own and those in pipelines/."""
+    root = Path(root)
+    folders = [root, *sorted(p for p in (root / "pipelines").glob("*") if p.is_dir())]
+    return [folder for folder in folders if (folder / LOCK).is_file()]

@@ -1,0 +1,149 @@
+"""Verify: every output against dvc.lock, the cache objects behind it, and the manifests.
+
+DVC itself trusts its cache: a damaged read-only object is called up to date by ``status`` and ``repro``, and
+``checkout`` restores it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from omrl.errors import UserError
+from omrl.files import MANIFEST, read_manifest, sha256
+from omrl.pipeline import Output, Pipeline, listing, md5_of_file, md5_of_listing
+from omrl.progress import Progress
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something that is not what it should be.
+
+    Attributes:
+        path: the damaged file or cache object.
+        problem: what is wrong.
+        repair: what to do.
+    """
+
+    path: str
+    problem: str
+    repair: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}; {self.repair}"
+
+
+def verify(pipeline: Pipeline) -> tuple[int, list[Damage]]:
+    """Check a pipeline.
+
+    Returns:
+        How many files and cache objects were looked at, and the damage found.
+    """
+    outputs = list(pipeline.outputs())
+    checked, damage = 0, []
+    with Progress(len(outputs), f"verify {pipeline.folder}", "outputs") as progress:
+        for output in outputs:
+            count, found = _check_output(pipeline, output)
+            checked += count
+            damage += found
+            progress.advance()
+    return checked, damage
+
+
+def _check_output(pipeline: Pipeline, output: Output) -> tuple[int, list[Damage]]:
+    path = pipeline.folder / output.path
+    cached = output.path.startswith("data/")  # reports/ is kept by git, not by the cache
+    restore = (
+        f"delete it and run 'dvc checkout' in {pipeline.folder}"
+        if cached
+        else f"run 'git checkout' of it, or 'dvc repro --force --single-item {output.stage}'"
+    )
+    if output.md5.endswith(".dir"):
+        count, damage, expected = _check_directory(pipeline, output, path, restore, cached)
+    else:
+        count, damage, expected = 1, [], {output.path: output.md5}
+        if not path.is_file():
+            damage.append(Damage(str(path), "missing, dvc.lock records it", restore))
+        elif md5_of_file(path) != output.md5:
+            damage.append(Damage(str(path), f"modified, dvc.lock records MD5 {output.md5}", restore))
+    if cached:
+        for name, md5 in expected.items():
+            count += 1
+            damage += _check_object(pipeline, md5, name, output)
+        damage += _check_manifest(path)
+    return count, damage
+
+
+def _check_directory(
+    pipeline: Pipeline, output: Output, path: Path, restore: str, cached: bool
+) -> tuple[int, list[Damage], dict[str, str]]:
+    """Compare a folder with its listing in the cache (or, where git keeps it, with the hash alone)."""
+    found = listing(path) if path.is_dir() else []
+    present = {f"{output.path}/{entry['relpath']}": entry["md5"] for entry in found}
+    if not path.is_dir():
+        return 1, [Damage(str(path), "missing, dvc.lock records it", restore)], {}
+    if not cached:
+        if md5_of_listing(found) != output.md5:
+            return len(found), [Damage(str(path), f"modified, dvc.lock records {output.md5}", restore)], {}
+        return len(found), [], {}
+    place = pipeline.object_path(output.md5)
+    again = f"delete it and run 'dvc repro --force --single-item {output.stage}' in {pipeline.folder}"
+    try:
+        content = place.read_bytes()
+        entries = json.loads(content)
+        expected = {f"{output.path}/{entry['relpath']}": entry["md5"] for entry in entries}
+    except FileNotFoundError:
+        damage = [Damage(str(place), f"missing from the cache, it lists {output.path}", again)]
+        expected = None
+    except (ValueError, TypeError, KeyError):
+        damage = [Damage(str(place), f"damaged cache object ({len(content)} bytes), it lists {output.path}", again)]
+        expected = None
+    else:
+        damage = []
+        if md5_of_listing(sorted(entries, key=lambda e: e["relpath"])) != output.md5:
+            damage.append(Damage(str(place), f"damaged cache object, it lists {output.path}", again))
+    if expected is None:
+        if md5_of_listing(found) != output.md5:
+            damage.append(Damage(str(path), f"modified, dvc.lock records {output.md5}", restore))
+        return len(found) + 1, damage, {}
+    for name in sorted(expected.keys() | present.keys()):
+        file = pipeline.folder / name
+        if name not in present:
+            damage.append(Damage(str(file), f"missing, expected MD5 {expected[name]}", restore))
+        elif name not in expected:
+            damage.append(Damage(str(file), "not part of the recorded output", f"delete it, or {restore}"))
+        elif present[name] != expected[name]:
+            damage.append(Damage(str(file), f"modified, expected MD5 {expected[name]}", restore))
+    return len(found) + 1, damage, expected
+
+
+def _check_object(pipeline: Pipeline, md5: str, name: str, output: Output) -> list[Damage]:
+    place = pipeline.object_path(md5)
+    repair = (
+        f"delete it, then 'dvc commit --force {output.stage}' if {pipeline.folder / name} is sound, else "
+        f"'dvc repro --force --single-item {output.stage}' in {pipeline.folder}"
+    )
+    if not place.is_file():
+        return [Damage(str(place), f"missing from the cache, holding {name}", repair)]
+    if md5_of_file(place) != md5:
+        size = place.stat().st_size
+        return [
+            Damage(str(place), f"damaged cache object ({size} bytes, MD5 is not its name), it holds {name}", repair)
+        ]
+    return []
+
+
+def _check_manifest(folder: Path) -> list[Damage]:
+    """Compare the files of a folder with its manifest's SHA-256; nothing to do where there is none."""
+    if not (folder / MANIFEST).is_file():
+        return []
+    try:
+        entries = read_manifest(folder)["files"]
+    except UserError as error:
+        return [Damage(str(folder / MANIFEST), "damaged manifest", str(error))]
+    return [
+        Damage(str(folder / name), f"its SHA-256 is not the one in {MANIFEST}", "delete it and run 'dvc checkout'")
+        for name, entry in entries.items()
+        if (folder / name).is_file() and sha256(folder / name) != entry["sha256"]
+    ]
