@@ -19,9 +19,14 @@ class UserError(Exception):
 
 
 def suggest(name: object, options: Iterable[str]) -> str:
-    """Return ``"did you mean 'x'? available: a, b"`` for a name that is not among ``options``."""
+    """Return ``"did you mean 'x'? available: a, b"`` for a name that is not among ``options``.
+
+    A long list is left out when there is something near.
+    """
     known = sorted(options)
     near = difflib.get_close_matches(str(name), known, n=1)
+    if near and len(known) > 12:
+        return f"did you mean '{near[0]}'?"
     hint = f"did you mean '{near[0]}'? " if near else ""
     return f"{hint}available: {', '.join(known) if known else 'none'}"
 

@@ -194,13 +194,13 @@ def check(path: str | Path = FILE) -> list[str]:
         "env", "tasks", "behavior", "rollouts", "dataset", "relabel", "algorithms", "meta_train", "evaluate",
         "report", path=path,
     )  # fmt: skip
-    _check_shards(top.shards, values.tasks, path)
     family, dataset = values.family, values.dataset
     if family.capacity is not None and values.tasks.total > family.capacity:
         raise UserError(
             f"{path}: tasks.train + tasks.test = {values.tasks.train} + {values.tasks.test}: expected at most "
             f"{family.capacity}, the number of tasks '{top.env}' has"
         )
+    _check_shards(top.shards, values.tasks, path)
     levels = importlib.import_module("omrl.datasets.quality")
     levels.check_levels(
         dataset.levels,
