@@ -54,6 +54,7 @@ class Progress:
     def skip(self, n: int) -> None:
         """Count ``n`` units as found finished: they do not enter the rate."""
         self._skipped += n
+        self._last = -_LINE_EVERY_S  # a line at once
         self.advance(n, note=f"{n} {self.unit} were finished before")
 
     def advance(self, n: int = 1, note: str = "") -> None:

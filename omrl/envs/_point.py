@@ -21,7 +21,7 @@ from omrl.config import Config
 from omrl.envs.base import Array, BatchEnv, Family, StepResult, Task
 
 STEP = np.float32(0.1)  # length of a full action along an axis, in units of the plane
-_ROLLOUTS = 256  # random rollouts behind the random floor
+_ROLLOUTS = 4096  # random rollouts behind the random floor
 _STARTS = 256  # starts behind an average over random starts
 
 
@@ -198,7 +198,7 @@ class PointFamily(Family):
         return self.controlled_return(task, task.get("wind", (0.0, 0.0)))
 
     def random_return(self, task: Task) -> float:
-        """Return the mean over 256 rollouts of uniform random actions from a fixed stream."""
+        """Return the mean over 4096 rollouts of uniform random actions from a fixed stream."""
         rng = seeding.generator(0, self.name, "random floor")
         starts = [seeding.generator(0, self.name, "random start", i) for i in range(_ROLLOUTS)]
         env = self.batch([task], _ROLLOUTS)

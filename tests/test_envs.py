@@ -1,0 +1,235 @@
+"""Contract of every environment family, and the point robots' published numbers."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import omrl.envs
+from omrl import registry
+from omrl.envs._point import PointConfig, sparsify
+from omrl.envs.base import Family, load_family
+from omrl.errors import UserError
+
+FAMILIES = registry.names("omrl.envs")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> Family:
+    return load_family(request.param)
+
+
+def actions(family: Family, steps: int, rows: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.uniform(-1.2, 1.2, (steps, rows, family.action_size)).astype(np.float32)
+
+
+def streams(count: int) -> list[np.random.Generator]:
+    return [np.random.default_rng(i) for i in range(count)]
+
+
+def test_gymnasium_accepts_the_single_form(family):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an unbounded plane is what it is
+        check_env(gymnasium.make(family.env_id).unwrapped)
+        check_env(family.make(family.sample(3, 0)).unwrapped)
+
+
+def test_a_task_depends_on_seed_and_index_only(family):
+    first = [family.sample(i, 7) for i in range(8)]
+    assert [family.sample(i, 7) for i in reversed(range(8))] == first[::-1]
+    assert family.sample(3, 7) != family.sample(3, 8) or family.sample(4, 7) != family.sample(4, 8)
+    assert len({str(task) for task in first}) == 8
+
+
+def test_an_index_out_of_range_is_a_user_error(family):
+    with pytest.raises(UserError, match=r"task index -1 is out of range.*tasks\.train"):
+        family.sample(-1, 0)
+    if family.capacity is not None:
+        with pytest.raises(UserError, match=f"task index {family.capacity} is out of range"):
+            family.sample(family.capacity, 0)
+
+
+def test_the_batched_form_is_the_single_form_bit_for_bit(family):
+    tasks = [family.sample(i, 1) for i in range(3)]
+    singles = [family.make(task) for task in tasks for _ in range(2)]
+    batch = family.batch(tasks, 2)
+    starts = [env.reset(seed=place)[0] for place, env in enumerate(singles)]
+    rngs = [gymnasium.utils.seeding.np_random(place)[0] for place in range(6)]
+    np.testing.assert_array_equal(batch.reset(rngs), np.stack(starts))
+    for step in actions(family, family.horizon, 6):
+        result = batch.step(step)
+        for place, env in enumerate(singles):
+            observation, reward, terminated, _, info = env.step(step[place])
+            np.testing.assert_array_equal(observation, result.next_observation[place])
+            assert reward == result.reward[place]
+            assert info["sparse_reward"] == result.sparse_reward[place]
+            assert terminated == result.terminated[place]
+
+
+def test_episodes_are_truncated_at_the_horizon(family):
+    for horizon in (None, 3):
+        env = family.make(family.sample(0, 0), horizon)
+        env.reset(seed=0)
+        for t in range(1, (horizon or family.horizon) + 1):
+            _, _, terminated, truncated, _ = env.step(np.zeros(family.action_size, dtype=np.float32))
+            assert truncated == (t == (horizon or family.horizon))
+            assert not terminated
+
+
+def test_rewards_are_recomputed_bit_for_bit_from_what_is_stored(family):
+    task = family.sample(2, 5)
+    batch = family.batch([task], 4)
+    observation = batch.reset(streams(4))
+    for step in actions(family, 30, 4):
+        result = batch.step(step)
+        again = family.reward(task, observation, step, result.next_observation, result.features)
+        np.testing.assert_array_equal(again[0], result.reward)
+        np.testing.assert_array_equal(again[1], result.sparse_reward)
+        assert again[0].dtype == again[1].dtype == np.float32
+        observation = result.next_observation
+
+
+def test_observations_are_finite_inside_the_space_and_not_shared(family):
+    env = family.make(family.sample(0, 0))
+    first, _ = env.reset(seed=0)
+    kept = first.copy()
+    following, *_ = env.step(np.ones(family.action_size, dtype=np.float32))
+    assert env.observation_space.contains(following)
+    np.testing.assert_array_equal(first, kept)
+    assert not np.array_equal(following, kept)
+
+
+def test_two_tasks_really_differ(family):
+    tasks = [family.sample(i, 0) for i in range(2)]
+    batch = family.batch(tasks, 1)
+    batch.reset([np.random.default_rng(0), np.random.default_rng(0)])
+    totals = np.zeros(2)
+    for step in actions(family, 10, 1):
+        totals += batch.step(np.repeat(step, 2, axis=0)).reward
+    assert totals[0] != totals[1]
+
+
+def test_oracle_and_floor_normalize_to_one_and_zero(family):
+    task = family.sample(1, 0)
+    row = {"oracle_return": family.oracle_return(task), "random_return": family.random_return(task)}
+    assert row["oracle_return"] > row["random_return"]
+    assert family.normalize(row, row["oracle_return"]) == 1
+    assert family.normalize(row, row["random_return"]) == 0
+
+
+def test_unknown_names_and_configurations_are_user_errors():
+    with pytest.raises(UserError, match="did you mean 'point-robot-wind'"):
+        load_family("point-robot-windy")
+    with pytest.raises(UserError, match=r"radius = 0: expected greater than 0"):
+        load_family("sparse-point-robot", {"radius": 0})
+
+
+def oracles(config: dict) -> np.ndarray:
+    family = load_family("sparse-point-robot", config)
+    return np.array([family.oracle_return(family.sample(i, 1337)) for i in range(100)])
+
+
+@pytest.mark.parametrize(
+    ("form", "radius", "mean", "deviation", "low", "high"),
+    [
+        ("one-minus-distance", 0.2, 13.375, 0.783, 12.70, 14.84),
+        ("eq35", 0.2, 12.475, 0.858, 11.50, 14.18),
+        ("one-minus-distance", 0.5, 15.164, 0.609, 14.5, 16.1),
+        ("eq35", 0.5, 13.909, 0.756, 13.0, 15.2),
+    ],
+)
+def test_sparse_point_robot_bounds(form, radius, mean, deviation, low, high):
+    found = oracles({"sparse_reward": form, "radius": radius})
+    assert found.mean() == pytest.approx(mean, abs=6e-4)
+    assert found.std() == pytest.approx(deviation, abs=6e-4)
+    assert found.min() == pytest.approx(low, abs=0.03)
+    assert found.max() == pytest.approx(high, abs=0.03)
+
+
+def test_sparse_point_robot_goals_are_the_published_grid_whatever_the_seed():
+    family = load_family("sparse-point-robot")
+    angles = sorted(math.atan2(*family.sample(i, 5)["goal"][::-1]) % (2 * math.pi) for i in range(100))
+    np.testing.assert_allclose(angles, np.pi * np.arange(100) / 99, atol=1e-12)
+
+
+def test_dense_return_of_oracle_and_of_random_actions():
+    family = load_family("sparse-point-robot")
+    family.returns = "dense"
+    tasks = [family.sample(i, 1337) for i in range(100)]
+    assert np.mean([family.oracle_return(t) for t in tasks]) == pytest.approx(-3.847, abs=1e-3)
+    assert np.mean([family.random_return(t) for t in tasks]) == pytest.approx(-20.37, abs=0.05)
+    sparse = load_family("sparse-point-robot")
+    assert max(sparse.random_return(t) for t in tasks) < 0.01
+
+
+def test_wind_bounds():
+    family = load_family("point-robot-wind")
+    tasks = [family.sample(i, 1337) for i in range(50)]
+    oracle = np.array([family.oracle_return(t) for t in tasks])
+    blind = np.array([family.references(t)["wind-blind"] for t in tasks])
+    assert oracle.mean() == pytest.approx(-5.114, abs=5e-4)
+    assert oracle.std() == pytest.approx(1.685, abs=5e-3)
+    assert (oracle.min(), oracle.max()) == pytest.approx((-9.44, -2.86), abs=6e-3)
+    assert blind.mean() == pytest.approx(-5.464, abs=6e-4)
+    assert np.mean([family.controlled_return(t, (0, 0), 25) for t in tasks]) == pytest.approx(-5.646, abs=6e-4)
+
+
+def test_winds_are_the_published_ones_whatever_the_seed():
+    family = load_family("point-robot-wind")
+    found = {tuple(np.round(family.sample(i, 3)["wind"], 5)) for i in range(50)}
+    published = {(-0.0238, 0.0336), (-0.03413, 0.01102), (-0.02219, 0.00645), (-0.00407, 0.04974), (-0.0179, -0.02453)}
+    near = [min(abs(x - a) + abs(y - b) for a, b in found) for x, y in published]
+    assert max(near) < 2e-4
+    assert len(found) == 50
+
+
+def test_point_robot_goals_are_the_legacy_stream():
+    legacy = np.random.RandomState(1337).uniform(-1, 1, 20).reshape(10, 2)  # noqa: NPY002 - the published tasks
+    family = load_family("point-robot")
+    np.testing.assert_array_equal([family.sample(i, 1337)["goal"] for i in range(10)], legacy)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.floats(0, 3, width=32),
+    st.floats(0.05, 2).map(lambda r: round(r, 3)),
+    st.sampled_from(["one-minus-distance", "eq35"]),
+)
+def test_sparse_reward_is_zero_outside_and_rises_towards_the_goal(distance, radius, form):
+    config = PointConfig(radius=radius, sparse_reward=form)
+    value, nearer = sparsify(np.array([-distance, -distance / 2], dtype=np.float32), config)
+    if distance > radius * 1.0001:
+        assert value == 0
+    elif distance < radius * 0.9999:
+        expected = 1 - distance if form == "one-minus-distance" else (radius - distance) / radius
+        assert value == pytest.approx(expected, abs=1e-5)
+        assert nearer >= value
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 99), st.floats(-3, 3, width=32), st.floats(-3, 3, width=32))
+def test_dense_reward_is_the_negative_distance(index, x, y):
+    family = load_family("sparse-point-robot")
+    task = family.sample(index, 0)
+    rows = np.array([[x, y]], dtype=np.float32)
+    empty = np.zeros((1, 0), np.float32)
+    dense, _ = family.reward(task, rows, rows, rows, empty)
+    assert dense[0] == pytest.approx(-math.dist((x, y), task["goal"]), rel=1e-5, abs=1e-5)
+
+
+def test_importing_envs_does_not_import_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, omrl.envs; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    assert omrl.envs.base is not None
