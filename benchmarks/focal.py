@@ -70,6 +70,7 @@ class Reference:
         }  # fmt: skip
 
     def step(self) -> dict[str, float]:
+        """Take one gradient step; return the losses."""
         tasks = torch.randint(TASKS, (META_BATCH,)).tolist()
         embeddings, parts = [], []
         for task in tasks:
@@ -154,7 +155,7 @@ def main() -> None:
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 4.0
     data = buffers()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{TASKS} tasks, meta-batch {META_BATCH}, latent {LATENT}; ours on {device}, reference on CPU; steps/s, best of 4")
+    print(f"{TASKS} tasks, meta-batch {META_BATCH}, latent {LATENT}; ours on {device}, reference on CPU; best of 4")
     print(f"{'width, RL, context':<20}{'threads':>8}{'ours':>9}{'regularized':>13}{'reference':>11}{'ratio':>7}")
     for name, sizes in CASES.items():
         for threads in (1, 2):

@@ -96,7 +96,7 @@ class ActorCriticConfig(Config):
     value_network: bool = True
     mean_weight: Annotated[float, Field(ge=0)] = 1e-3
     log_std_weight: Annotated[float, Field(ge=0)] = 1e-3
-    log_std_max: float = 0.0
+    log_std_max: Annotated[float, Field(gt=-20)] = 0.0
     regularization: RegularizationConfig = RegularizationConfig()
 
     @model_validator(mode="after")
@@ -294,7 +294,8 @@ class ActorCritic(nn.Module):
             self.step("v", v_loss)
             scalars["v_loss"] = v_loss.detach()
         online = self.v if self.v is not None else self.q
-        torch._foreach_lerp_(list(self.target.parameters()), list(online.parameters()), config.tau)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.target.parameters()), list(online.parameters()), config.tau)
 
         policy_loss = (
             (log_prob - smallest).mean()

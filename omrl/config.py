@@ -12,7 +12,9 @@ from omrl.errors import UserError, suggest
 class Config(pydantic.BaseModel):
     """Base of every configuration: frozen, no unknown keys, no silent conversion (an int may stand for a float)."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False
+    )
 
     def resolved(self) -> dict[str, Any]:
         """Return every value, defaults included, as JSON types."""

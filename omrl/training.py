@@ -161,6 +161,8 @@ def _load_state(path: Path, algorithm: MetaAlgorithm, sampler: Sampler, curve: C
             about = json.loads(file.metadata()["about"])
     except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
         return 0
+    if not tensors.keys() >= {*algorithm.training_state(), "generator/sampler"}:
+        return 0
     sampler.generator.set_state(tensors.pop("generator/sampler"))
     algorithm.load_training_state(tensors)
     curve.rows = about["rows"]

@@ -228,7 +228,7 @@ def test_one_step_is_the_equations(case, noise):
     scalars = {name: float(value) for name, value in agent.update(b, z, extra).items()}
     new = frozen(agent)
 
-    action, log_prob, mean, log_std = act(old["policy"], rows["s"], noise)
+    action, log_prob, _, _ = act(old["policy"], rows["s"], noise)
     alpha = min(max(r.alpha, 0), r.alpha_max)
     d = penalty = np.zeros(TASKS * ROWS)
     if r.active:  # with the discriminator after its steps
@@ -457,8 +457,8 @@ def test_without_regularization_there_is_no_discriminator(monkeypatch):
     monkeypatch.setattr(ActorCritic, "discriminator_loss", lambda *_: pytest.fail("a discriminator step"))
     scalars = agent.update(batch(), embedding(), [])
     assert not {"divergence", "alpha", "discriminator_loss"} & set(scalars)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="regularization is off"):
-        monkeypatch.undo()
         agent.discriminator_loss(batch(), embedding())
 
 

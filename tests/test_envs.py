@@ -192,7 +192,7 @@ def test_winds_are_the_published_ones_whatever_the_seed():
 
 
 def test_point_robot_goals_are_the_legacy_stream():
-    legacy = np.random.RandomState(1337).uniform(-1, 1, 20).reshape(10, 2)  # noqa: NPY002 - the published tasks
+    legacy = np.random.RandomState(1337).uniform(-1, 1, 20).reshape(10, 2)
     family = load_family("point-robot")
     np.testing.assert_array_equal([family.sample(i, 1337)["goal"] for i in range(10)], legacy)
 

@@ -315,7 +315,9 @@ def test_fresh_batches_are_drawn_only_for_the_discriminator():
     drawn: list[int] = []
     for values, expected in (({}, 0), (BOTH_PENALTIES, 2)):
         batch = meta_batch()
-        counted = MetaBatch(batch.tasks, batch.context, batch.transitions, lambda: (drawn.append(1), batch.more())[1])
+        draw = batch.more
+        more = lambda draw=draw: (drawn.append(1), draw())[1]  # noqa: E731
+        counted = MetaBatch(batch.tasks, batch.context, batch.transitions, more)
         drawn.clear()
         focal(**values).update(counted)
         assert len(drawn) == expected

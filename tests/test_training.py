@@ -282,9 +282,7 @@ def test_a_damaged_state_starts_over(tmp_path, damage):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_divergence_stops_with_the_name_and_the_step(tmp_path, monkeypatch, bad):
     original = Focal.update
-    monkeypatch.setattr(
-        Focal, "update", lambda self, batch: original(self, batch) | {"q_loss": torch.tensor(bad)}
-    )
+    monkeypatch.setattr(Focal, "update", lambda self, batch: original(self, batch) | {"q_loss": torch.tensor(bad)})
     with pytest.raises(UserError, match=r"q_loss is not finite at step 3.*params\.yaml"):
         train(*parts(), settings(), tmp_path / "state")
     assert not (tmp_path / "state").exists()
@@ -425,7 +423,9 @@ def test_a_killed_process_goes_on_to_the_same_bytes(pipeline):
     expected = hashes(TARGET)
     for path in Path(TARGET).iterdir():
         path.unlink()
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_training as t; t.cell(**{long})"
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_training as t; t.cell(**{long})"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
