@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -146,9 +147,17 @@ class Curve:
         return dict(zip(self._names, means, strict=True))
 
 
+def _hash(tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of named tensors; safetensors has no checksum of its own."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _save_state(path: Path, algorithm: MetaAlgorithm, sampler: Sampler, curve: Curve, step: int) -> None:
     tensors = algorithm.training_state() | {"generator/sampler": sampler.generator.get_state()}
-    about = json.dumps({"step": step, "rows": curve.rows})
+    about = json.dumps({"step": step, "rows": curve.rows, "sha256": _hash(tensors)})
     with atomic_path(path) as temporary:
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary, {"about": about})
 
@@ -161,7 +170,8 @@ def _load_state(path: Path, algorithm: MetaAlgorithm, sampler: Sampler, curve: C
             about = json.loads(file.metadata()["about"])
     except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
         return 0
-    if not tensors.keys() >= {*algorithm.training_state(), "generator/sampler"}:
+    whole = about.get("sha256") == _hash(tensors)
+    if not whole or not tensors.keys() >= {*algorithm.training_state(), "generator/sampler"}:
         return 0
     sampler.generator.set_state(tensors.pop("generator/sampler"))
     algorithm.load_training_state(tensors)

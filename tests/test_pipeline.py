@@ -109,14 +109,3 @@ def test_a_typo_stops_before_any_work(project):
     assert done.returncode != 0
     assert "params.yaml: meta_train.setps: unknown key; did you mean 'steps'?" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-
-
-def test_verify_and_lineage_on_the_built_pipeline(project):
-    assert project.omrl("verify", "--pipeline", SMOKE).returncode == 0
-    tree = project.omrl("lineage", "focal/expert/expert", "--pipeline", SMOKE).stdout
-    for part in ("behavior@000-003", "dataset@expert", "meta_train@focal-expert-0"):
-        assert part in tree.replace("\n", "")
-    row = json.loads(project.omrl("lineage", f"{SMOKE}/data/datasets/relabelled/task=004.parquet:7", "--json").stdout)
-    text = json.dumps(row)
-    assert '"source_task"' in text
-    assert ".zip" in text

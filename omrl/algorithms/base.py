@@ -233,7 +233,7 @@ def load_model(folder: str | Path, device: str = "auto") -> MetaAlgorithm:
             saved["config"],
             saved["seed"],
         )
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{folder / CONFIG}: not the configuration of a model; {hint}") from None
     algorithm = create(name, config, sizes, seed, device, f"{folder / CONFIG}: config")
     path = folder / MODEL

@@ -170,7 +170,7 @@ class Focal(MetaAlgorithm):
         config = self.settings
         scalars: dict[str, Tensor] = {}
         loss = z.new_zeros(())
-        if kl is None or config.probabilistic_metric:
+        if config.metric_weight and (kl is None or config.probabilistic_metric):
             metric = config.metric_weight * distance_metric_loss(
                 z, tasks, config.metric_power, config.metric_form, config.metric_beta, config.metric_eps
             )

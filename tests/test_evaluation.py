@@ -1,0 +1,182 @@
+"""The evaluation protocol, and diagnostics against closed forms."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from omrl.algorithms.base import BatchSizes, MetaAlgorithm, Sizes
+from omrl.config import Config
+from omrl.datasets.buffer import TaskBuffers
+from omrl.encoders import Context
+from omrl.envs.base import load_family
+from omrl.evaluation import (
+    EvaluateConfig,
+    embedding_variance,
+    esr,
+    offline_context,
+    rms,
+    run_episodes,
+    sample_embeddings,
+)
+
+FAMILY = load_family("sparse-point-robot")
+TASKS = [
+    {
+        "index": i,
+        "split": "train" if i < 3 else "test",
+        "parameters": FAMILY.sample(i, 1337),
+        "oracle_return": FAMILY.oracle_return(FAMILY.sample(i, 1337)),
+        "random_return": 0.0,
+    }
+    for i in range(5)
+]
+
+
+class GoalReader(MetaAlgorithm):
+    """Reads the goal off the context and drives there: an oracle that can be checked to the last bit.
+
+    The buffers below carry the goal in their observations, so the mean observation of a context is the goal.
+    """
+
+    CONFIG = Config
+
+    def __init__(self) -> None:
+        super().__init__(Config(), Sizes(2, 2, False), 0, "cpu")
+        self.sizes_seen: list[int] = []
+
+    def batch_sizes(self) -> BatchSizes:
+        return BatchSizes(2, 1, 1)
+
+    def update(self, batch: Any) -> dict[str, torch.Tensor]:
+        return {}
+
+    def infer(self, context: Context) -> torch.Tensor:
+        self.sizes_seen.append(context.observation.shape[1])
+        assert context.next_observation is None
+        assert float(context.reward.min()) == 7.0  # the sparse column, not the dense one
+        return context.observation.mean(dim=1)
+
+    def act(self, observation: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return ((z[:, None] - observation) / 0.1).clamp(-1, 1)
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {}
+
+    def generators(self) -> dict[str, torch.Generator]:
+        return {}
+
+
+def buffers(rows: int = 50) -> TaskBuffers:
+    goals = np.array([t["parameters"]["goal"] for t in TASKS], dtype=np.float32)
+    observation = np.repeat(goals[:, None], rows, axis=1)
+    flat = np.zeros((len(TASKS), rows), np.float32)
+    return TaskBuffers(
+        tuple(t["index"] for t in TASKS), observation, observation * 0, flat - 5, flat + 7, observation, flat
+    )
+
+
+def run(config: EvaluateConfig, seed: int = 0) -> tuple[list[dict[str, Any]], dict[str, Any], GoalReader]:
+    algorithm = GoalReader()
+    rows, last = offline_context(algorithm, FAMILY, buffers(), TASKS, config, ("test",), seed)
+    return rows, last, algorithm
+
+
+def test_context_grows_and_only_the_last_episode_of_a_repetition_counts():
+    config = EvaluateConfig(episodes=4, context_per_episode=10, repetitions=2)
+    rows, _, algorithm = run(config)
+    assert algorithm.sizes_seen == [10, 20, 30, 40] * 2
+    assert len(rows) == 5 * 4 * 2
+    for row in rows:
+        assert row["context_transitions"] == 10 * (row["episode"] + 1)
+        assert row["counted"] == (row["episode"] == 3)
+    assert {(r["task"], r["split"]) for r in rows} == {(t["index"], t["split"]) for t in TASKS}
+
+
+def test_an_agent_that_knows_the_goal_has_the_oracles_return():
+    rows, last, _ = run(EvaluateConfig(episodes=1, repetitions=1))
+    for row, task in zip(rows, TASKS, strict=True):
+        assert row["return"] == pytest.approx(task["oracle_return"], abs=1e-3)
+        assert row["normalized"] == pytest.approx(1, abs=1e-3)
+        assert row["return"] == row["sparse_return"] > 0 > row["dense_return"]
+    np.testing.assert_allclose(last["observation"][:, -1], [t["parameters"]["goal"] for t in TASKS], atol=1e-5)
+    assert last["observation"].shape == (5, FAMILY.horizon + 1, 2)
+
+
+def test_a_task_is_evaluated_the_same_whoever_else_is():
+    config = EvaluateConfig(episodes=2, repetitions=2)
+    algorithm = GoalReader()
+    alone, _ = offline_context(
+        algorithm,
+        FAMILY,
+        TaskBuffers((4,), *(getattr(buffers(), n)[4:] for n in (
+            "observation", "action", "reward", "sparse_reward", "next_observation", "terminal"
+        ))),
+        TASKS[4:],
+        config,
+        ("test",),
+        0,
+    )  # fmt: skip
+    assert alone == [row for row in run(config)[0] if row["task"] == 4]
+
+
+def test_steps_after_a_termination_do_not_count():
+    class Ends(type(FAMILY)):  # type: ignore[misc]
+        def batch(self, tasks, copies=1):
+            env, steps = super().batch(tasks, copies), itertools.count(1)
+            original = env.step
+
+            def step(actions):
+                result = original(actions)
+                result.terminated[0] = next(steps) >= 3
+                return result
+
+            env.step = step
+            return env
+
+    family = Ends(FAMILY.config)
+    z = torch.tensor([t["parameters"]["goal"] for t in TASKS], dtype=torch.float32)
+    found = run_episodes(GoalReader(), family, [t["parameters"] for t in TASKS], z, None)
+    whole = run_episodes(GoalReader(), FAMILY, [t["parameters"] for t in TASKS], z, None)
+    assert found["sparse"][0] == 0 < whole["sparse"][0]
+    assert (found["observation"][0, 3:] == found["observation"][0, 3]).all()
+    np.testing.assert_array_equal(found["sparse"][1:], whole["sparse"][1:])
+
+
+def test_embeddings_are_of_resampled_contexts():
+    config = EvaluateConfig(embedding_context=6, embedding_resamples=3)
+    algorithm = GoalReader()
+    found = sample_embeddings(algorithm, buffers(), TASKS, config, ("test",), 0)
+    assert found.shape == (5, 3, 2)
+    assert algorithm.sizes_seen == [6, 6, 6]
+    np.testing.assert_allclose(found[:, 0], [t["parameters"]["goal"] for t in TASKS], atol=1e-6)
+
+
+def test_esr_of_known_embeddings():
+    # in two dimensions the threshold is a squared distance of 4/3 (mean 2/3 per dimension)
+    assert esr(np.array([[0.0, 0.0], [1.2, 0.0], [0.0, 1.1]])) == pytest.approx(2 / 3)
+    assert esr(np.array([[0.0, 0.0], [0.1, 0.0]])) == 0
+    cube = np.random.default_rng(0).choice([-1.0, 1.0], (400, 5))
+    assert esr(cube) == pytest.approx(0.97, abs=0.01)  # only equal corners are near: 1 - 2^-5
+    # uniform in the cube: 0.4531 and 0.4772, from 4e5 independent pairs each
+    assert esr(np.random.default_rng(0).uniform(-1, 1, (1500, 5))) == pytest.approx(0.4531, abs=0.02)
+    assert esr(np.random.default_rng(0).uniform(-1, 1, (1500, 20))) == pytest.approx(0.4772, abs=0.02)
+
+
+def test_rms_of_known_embeddings():
+    corners = np.repeat(np.array([[-1.0] * 3, [1.0] * 3]), 40, axis=0)
+    assert rms(corners) == pytest.approx(math.sqrt(2 * 80 / 79))  # 1.423, the most there is for 80 tasks
+    assert rms(np.random.default_rng(0).uniform(-1, 1, (2000, 5))) == pytest.approx(0.816, abs=0.01)
+
+
+def test_embedding_variance_is_within_tasks():
+    found = np.array([[[0.0, 0.0], [2.0, 0.0]], [[10.0, 5.0], [10.0, 5.0]]])
+    assert embedding_variance(found) == pytest.approx((2 + 0 + 0 + 0) / 4)

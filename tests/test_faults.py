@@ -1,0 +1,139 @@
+"""Kills, damage and a full disk: nothing lost, nothing half-written, every message names the file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SMOKE, Project
+
+pytestmark = pytest.mark.e2e
+
+CELLS = [
+    "tasks",
+    "behavior@000-003",
+    "rollouts@000-003",
+    "dataset@expert",
+    "relabel@relabelled",
+    "meta_train@focal-expert-0",
+    "evaluate@focal-expert-expert-0",
+    "report",
+]
+
+
+def running(folder: Path, text: str) -> list[int]:
+    """Return the processes of a project whose command line holds ``text``."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if entry.name.isdigit() and text in command and (entry / "cwd").resolve().is_relative_to(folder):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_killed_stage_leaves_nothing_half_written_and_reruns_to_the_same_bytes(project, cell):
+    before = project.lock
+    stage, arguments = cell.partition("@")[0], cell.partition("@")[2]
+    target = f"{SMOKE}/dvc.yaml:{cell}"
+    for delay in (0.0, 0.6):
+        process = subprocess.Popen(
+            ["dvc", "repro", "--single-item", "--force", target],
+            cwd=project.folder, env=project.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not running(project.folder, f"stages.{stage}"):
+            if process.poll() is not None:
+                break  # it was faster than we
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        while running(project.folder, f"stages.{stage}"):  # the stage and its workers die with dvc
+            assert time.monotonic() < deadline, f"{arguments} outlived dvc"
+            time.sleep(0.05)
+    # dvc takes an output away before its command runs; what is there again must be whole
+    again = project.repro()
+    assert again.executed <= {cell} | {"plan"}
+    assert project.lock == before
+    assert project.omrl("verify", "--pipeline", SMOKE).returncode == 0
+
+
+def rerun(project: Project, cell: str) -> str:
+    done = project.run("dvc", "repro", "-s", "-f", f"{SMOKE}/dvc.yaml:{cell}", check=False)
+    assert done.returncode != 0
+    text = done.stdout + done.stderr
+    assert "Traceback" not in text
+    assert "error: " in text
+    return text
+
+
+def test_damaged_and_missing_inputs_are_named(project):
+    data = project.smoke / "data"
+    before = project.lock
+    parquet = data / "rollouts/000-003/task=002.parquet"
+    content = parquet.read_bytes()
+    parquet.write_bytes(content[: len(content) // 2])
+    assert "data/rollouts/000-003/task=002.parquet: damaged" in rerun(project, "dataset@expert")
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 4
+    parquet.write_bytes(bytes(flipped))
+    assert "data/rollouts/000-003/task=002.parquet: damaged" in rerun(project, "dataset@expert")
+    parquet.write_bytes(content)
+
+    checkpoint = data / "behavior/000-003/task=001/step=000100.zip"
+    checkpoint.unlink()
+    assert "task=001/step=000100.zip" in rerun(project, "rollouts@000-003")
+    model = data / "models/focal/expert/0/model.safetensors"
+    model.write_bytes(model.read_bytes()[:100])
+    assert "data/models/focal/expert/0/model.safetensors: damaged" in rerun(project, "evaluate@focal-expert-expert-0")
+    (data / "datasets/expert/task=003.parquet").unlink(missing_ok=True)
+    assert "data/datasets/expert" in rerun(project, "meta_train@focal-expert-0")
+    # outputs that the failed runs took away come back from the cache
+    project.run("dvc", "checkout", "--force", f"{SMOKE}/dvc.yaml")
+    assert project.lock == before
+    assert project.repro().executed == set()
+    assert project.omrl("verify", "--pipeline", SMOKE).returncode == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB, where this user may mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_a_clear_error_and_loses_nothing(project, small_disk):
+    data = project.smoke / "data"
+    for stage in (["stages.behavior", "000-003"], ["stages.meta_train", "focal", "expert", "0"]):
+        work = small_disk / "pipeline"
+        shutil.copytree(data / "code", work / "data/code")
+        shutil.copytree(data / "tasks", work / "data/tasks")
+        shutil.copytree(data / "datasets/expert", work / "data/datasets/expert")
+        (work / "params.yaml").write_text(
+            (project.smoke / "params.yaml").read_text().replace("../..", str(project.folder))
+        )
+        room = os.statvfs(small_disk)
+        (small_disk / "ballast").write_bytes(b"x" * max(0, room.f_bavail * room.f_frsize - 60_000))
+        done = project.run("python", "-m", *stage, cwd=work, check=False)
+        assert done.returncode == 2, done.stderr
+        assert "no space left on the disk" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not list(work.rglob("model.safetensors"))
+        assert not list(work.glob("data/behavior/*/*"))
+        shutil.rmtree(work)
+        (small_disk / "ballast").unlink()

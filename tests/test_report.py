@@ -1,0 +1,250 @@
+"""The report on a small real pipeline made by hand through the real writers."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from omrl.config import parse
+from omrl.datasets.parquet import write_table
+from omrl.envs.base import load_family
+from omrl.errors import UserError
+from omrl.files import write_json, write_manifest, write_text
+from omrl.report import ReportConfig, figures
+from omrl.report.build import build_report
+from omrl.report.published import TABLES
+from omrl.report.tables import drop, load_evaluations, table_rows
+
+FAMILY = load_family("sparse-point-robot")
+CONFIG = ReportConfig(bootstrap_samples=100, published="focal-table-6")
+LEVELS = ("expert", "random")
+
+
+def value(train: str, test: str, seed: int, task: int) -> float:
+    return {"expert": 10.0, "random": 2.0}[train] - (3.0 if train != test else 0.0) + 0.1 * seed + 0.02 * task
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Two training sets, two test sets, two seeds, four training and two test tasks."""
+    monkeypatch.chdir(tmp_path)
+    tasks = []
+    for i in range(6):
+        task = FAMILY.sample(i, 1337)
+        split = "train" if i < 4 else "test"
+        tasks.append({"index": i, "split": split, "parameters": task, "oracle_return": 13.0, "random_return": 0.0})
+    write_json("data/tasks/all.json", {"train": [0, 1, 2, 3], "test": [4, 5], "tasks": tasks})
+    evaluations = [
+        {"algorithm": "focal", "train": a, "test": b, "seed": s} for a in LEVELS for b in LEVELS for s in (0, 1)
+    ]
+    write_json("data/plan/cells.json", {"evaluations": evaluations, "datasets": LEVELS, "shards": {"all": [0, 5]}})
+    for i in range(6):
+        write_text(f"data/behavior/all/task={i:03d}/progress.csv", f"step,return\n0,0\n100,{5 + i}\n")
+    for name in LEVELS:
+        checkpoint = {"rows": 60, "episodes": 6, "return": {"mean": 9.5}, "normalized_mean": 0.7}
+        write_json(
+            f"data/datasets/{name}/card.json",
+            {
+                "name": name, "definition": {"steps": [100], "band": None}, "rows": 60, "rows_per_task": 10,
+                "episodes": 6, "checkpoints": {"100": checkpoint}, "nonsparse_share": 0.5, "reward": {"mean": -0.1},
+                "return_histogram": {"edges": [0.0, 5.0, 10.0], "counts": [2, 4]},
+            },
+        )  # fmt: skip
+        write_manifest(f"data/datasets/{name}", kind="dataset", inputs={}, parameters={}, files={"card.json": None})
+    rng = np.random.default_rng(0)
+    for cell in evaluations:
+        model = Path("data/models") / cell["algorithm"] / cell["train"] / str(cell["seed"])
+        if not model.exists():
+            write_text(model / "x", "weights")
+            write_manifest(
+                model,
+                kind="model",
+                inputs={f"data/datasets/{cell['train']}": _hash(f"data/datasets/{cell['train']}/manifest.json")},
+                parameters={},
+                files={"x": None},
+            )
+        target = Path("data/evaluations") / cell["algorithm"] / cell["train"] / cell["test"] / str(cell["seed"])
+        rows = [
+            {
+                "task": t["index"], "split": t["split"], "repetition": r, "episode": e,
+                "context_transitions": 20 * (e + 1), "counted": e == 1, "protocol": "offline-context",
+                "return": value(cell["train"], cell["test"], cell["seed"], t["index"]) if e else -1.0,
+                "normalized": 0.5,
+            }
+            for t in tasks for r in range(2) for e in range(2)
+        ]  # fmt: skip
+        write_table(target / "episodes.parquet", pa.Table.from_pylist(rows))
+        points = rng.normal(size=(12, 3)).astype(np.float32)
+        write_table(
+            target / "embeddings.parquet",
+            pa.table(
+                {
+                    "task": np.repeat(np.arange(6), 2),
+                    "split": np.repeat(["train"] * 4 + ["test"] * 2, 2).tolist(),
+                    "resample": np.tile([0, 1], 6),
+                    "embedding": pa.FixedSizeListArray.from_arrays(pa.array(points.reshape(-1)), 3),
+                }
+            ),
+        )
+        path = np.cumsum(np.full((10, 2), 0.1, np.float32), axis=0)
+        write_table(
+            target / "trajectories.parquet",
+            pa.table(
+                {
+                    "task": np.repeat([4, 5], 5),
+                    "step": np.tile(np.arange(5), 2),
+                    "observation": pa.FixedSizeListArray.from_arrays(pa.array(path.reshape(-1)), 2),
+                    "reward": np.zeros(10, np.float32),
+                }
+            ),
+        )
+        write_json(target / "diagnostics.json", {"esr": 0.5, "rms": 1.0, "embedding_variance": 0.01})
+        write_text(target / "curve.csv", "step,metric_loss,q_loss\n10,3.0,2.0\n20,2.0,1.0\n")
+        write_manifest(
+            target,
+            kind="evaluation",
+            inputs={
+                model.as_posix(): _hash(model / "manifest.json"),
+                f"data/datasets/{cell['test']}": _hash(f"data/datasets/{cell['test']}/manifest.json"),
+                "data/tasks/all.json": _hash("data/tasks/all.json"),
+            },
+            parameters={},
+            files={p.name: None for p in sorted(target.iterdir())},
+        )
+    return tmp_path
+
+
+def _hash(path: str | Path) -> str:
+    from omrl.files import sha256
+
+    return sha256(path)
+
+
+def build(folder: Path) -> Path:
+    build_report(env="sparse-point-robot", family=FAMILY, config=CONFIG)
+    return folder / "reports"
+
+
+def test_results_hold_the_counted_episodes_of_test_tasks(folder):
+    results = pd.read_csv(build(folder) / "results.csv")
+    assert len(results) == 2 * 2 * 2 * 2 * 2
+    assert set(results["task"]) == {4, 5}
+    assert results["return"].min() > -1  # the uncounted episodes have -1
+
+
+def test_metrics_are_means_over_tasks_and_seeds(folder):
+    metrics = json.loads((build(folder) / "metrics.json").read_text())
+    cell = metrics["focal"]["expert"]["random"]
+    expected = np.mean([value("expert", "random", s, t) for s in (0, 1) for t in (4, 5)])
+    assert cell["mean"] == pytest.approx(expected)
+    assert cell["ci_low"] <= cell["mean"] <= cell["ci_high"]
+    assert cell["n"] == 4
+    assert cell["esr"] == 0.5
+    assert metrics["reference"] == {"oracle": 13.0, "random": 0.0}
+
+
+def test_the_table_has_published_numbers_drops_and_references(folder):
+    text = (build(folder) / "results.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| focal | expert | random"))
+    assert [part.strip() for part in row.split("|")][8:11] == ["3.00", "4.43", "+2.71"]
+    assert "| *oracle* |" in text
+    assert "Table 6" in text
+    assert "offline-context" in text
+
+
+def test_the_page_needs_nothing_else_and_shows_every_picture(folder):
+    reports = build(folder)
+    html = (reports / "index.html").read_text()
+    pictures = sorted(p.stem for p in (reports / "figures").iterdir())
+    expected = ["behavior", "context", "datasets", "embeddings", "results", "trajectories", "training"]
+    assert pictures == sorted(expected)
+    assert html.count("data:image/png;base64,") == len(expected)
+    assert not re.findall(r'(?:src|href)="(?!data:)', html)
+    assert "tmp" not in html.replace("html", "")
+    for path in (reports / "figures").iterdir():
+        width, height = struct.unpack(">II", path.read_bytes()[16:24])
+        assert width > 300
+        assert height > 150
+
+
+def test_lineage_names_every_folder_behind_every_number(folder):
+    lineage = json.loads((build(folder) / "lineage.json").read_text())
+    assert lineage["numbers"]["focal/expert/random"]["1"] == "data/evaluations/focal/expert/random/1"
+    evaluation = lineage["folders"]["data/evaluations/focal/expert/random/1"]
+    assert set(evaluation["inputs"]) == {"data/models/focal/expert/1", "data/datasets/random", "data/tasks/all.json"}
+    assert lineage["folders"]["data/models/focal/expert/1"]["inputs"] == {
+        "data/datasets/expert": lineage["folders"]["data/datasets/expert"]["manifest"]
+    }
+
+
+def test_the_same_inputs_give_the_same_bytes(folder):
+    first = {p.name: p.read_bytes() for p in build(folder).rglob("*") if p.is_file()}
+    again = {p.name: p.read_bytes() for p in build(folder).rglob("*") if p.is_file()}
+    assert first == again
+    assert len(first) > 12
+
+
+def test_a_changed_input_is_refused_by_name(folder):
+    target = folder / "data/datasets/expert/card.json"
+    target.write_text(target.read_text().replace("60", "61"))
+    write_manifest("data/datasets/expert", kind="dataset", inputs={}, parameters={}, files={"card.json": None})
+    with pytest.raises(UserError, match=r"data/datasets/expert: not what data/.*manifest\.json was made from"):
+        build(folder)
+
+
+def test_a_missing_evaluation_is_named(folder):
+    (folder / "data/evaluations/focal/expert/random/1/episodes.parquet").unlink()
+    with pytest.raises(UserError, match=r"focal/expert/random/1/episodes\.parquet: missing"):
+        build(folder)
+
+
+def test_a_damaged_evaluation_is_named(folder):
+    path = folder / "data/evaluations/focal/random/random/0/embeddings.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(UserError, match=r"focal/random/random/0/embeddings\.parquet: damaged"):
+        build(folder)
+
+
+def test_drop_is_against_matching_context(folder):
+    plan = json.loads(Path("data/plan/cells.json").read_text())
+    rows = table_rows(load_evaluations(plan["evaluations"]), CONFIG)
+    found = {row.cell[1:]: drop(row, rows) for row in rows}
+    assert found[("expert", "expert")] is None
+    assert found[("expert", "random")] == pytest.approx(3.0)
+    assert found[("random", "expert")] == pytest.approx(3.0)
+
+
+def test_projection_finds_the_plane_that_points_lie_in():
+    rng = np.random.default_rng(0)
+    plane = rng.normal(size=(50, 2)) * [5, 1]
+    basis = np.linalg.qr(rng.normal(size=(6, 6)))[0][:2]
+    found = figures.project(plane @ basis, "pca")
+    centered = plane - plane.mean(0)
+    np.testing.assert_allclose(
+        np.linalg.norm(found[:, None] - found[None], axis=-1),
+        np.linalg.norm(centered[:, None] - centered[None], axis=-1),
+        atol=1e-9,
+    )
+    assert figures.project(np.zeros((4, 1)), "pca").shape == (4, 2)
+
+
+def test_a_published_table_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match=r"report\.published.*did you mean 'focal-table-6'"):
+        parse(ReportConfig, {"published": "focal-table-7"}, "params.yaml: report")
+
+
+def test_published_numbers_are_the_papers():
+    table = TABLES["focal-table-6"].values
+    assert [table["focal", a, b] for a, b in (
+        ("expert", "expert"), ("medium", "medium"), ("random", "random"), ("expert", "medium"),
+        ("expert", "random"), ("medium", "expert"), ("medium", "random"),
+    )] == [8.16, 8.44, 2.34, 7.12, 4.43, 8.25, 6.76]  # fmt: skip

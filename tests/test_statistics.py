@@ -1,0 +1,47 @@
+"""Aggregates against closed forms and SciPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from omrl.statistics import bootstrap_means, iqm, summarize
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=60))
+def test_iqm_is_scipys_trimmed_mean(values):
+    assert iqm(np.array(values)) == pytest.approx(stats.trim_mean(values, 0.25), abs=1e-9)
+
+
+def test_iqm_ignores_outliers_of_a_quarter_on_each_side():
+    assert iqm(np.array([-1e9, 1.0, 2.0, 1e9])) == 1.5
+
+
+def test_bootstrap_has_the_standard_error_of_two_stage_sampling():
+    """Closed form: resampling n tasks, and s seeds in each, has variance (v_tasks + mean v_seeds / s) / n."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(3, 20)) + 2 * rng.normal(size=20)
+    found = bootstrap_means(scores, 20_000, np.random.default_rng(1)).std()
+    expected = np.sqrt((scores.mean(0).var() + scores.var(0).mean() / 3) / 20)
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(300):
+        summary = summarize(rng.normal(size=(1, 30)), 400, 0.9, rng)
+        hits += summary.low <= 0 <= summary.high
+    assert 0.84 <= hits / 300 <= 0.94
+
+
+def test_summary_of_equal_scores_is_exact():
+    summary = summarize(np.full((2, 5), 3.0), 50, 0.95, np.random.default_rng(0))
+    assert (summary.mean, summary.iqm, summary.low, summary.high, summary.n) == (3.0, 3.0, 3.0, 3.0, 10)
+
+
+def test_scores_need_seeds_and_tasks():
+    with pytest.raises(ValueError, match=r"expected \[seeds, tasks\]"):
+        summarize(np.zeros(3), 10, 0.95, np.random.default_rng(0))
