@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -62,6 +63,35 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     if path.exists():
         shutil.rmtree(path)
     os.replace(temporary, path)
+
+
+def remove_dir(path: str | Path) -> None:
+    """Remove a folder; a process killed meanwhile leaves no half of it under its name."""
+    path = Path(path)
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.replace(path, temporary)
+    shutil.rmtree(temporary)
+
+
+@contextlib.contextmanager
+def alone(path: str | Path) -> Iterator[None]:
+    """Hold the lock file ``path``; the kernel lets go of it when this process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{path}: another process is at this work, left over from a killed 'dvc repro' perhaps; "
+                "wait until it ends, or end it, and run again"
+            ) from None
+        yield
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -174,12 +204,26 @@ def input_hashes(*paths: str | Path) -> dict[str, str]:
     return {Path(path).as_posix(): input_hash(path) for path in paths}
 
 
-def scratch(stage: str, key_parts: Any) -> Path:
-    """Return (and make) the folder for unfinished work of ``stage``, named by the hash of all its inputs.
+@contextlib.contextmanager
+def scratch(stage: str, key_parts: Any, packages: tuple[str, ...]) -> Iterator[Path]:
+    """Yield the folder for unfinished work of ``stage``, named by the hash of all its inputs.
 
-    A run with the same inputs finds what an interrupted one had finished; any other run finds nothing.
+    A run with the same inputs and package versions finds what an interrupted one had finished; any other run
+    finds nothing. Only one process at a time has it; it is removed when the block succeeds.
+
+    Args:
+        stage: name.
+        key_parts: all inputs, as JSON types.
+        packages: distributions whose versions shape the bytes.
+
+    Raises:
+        UserError: another process is at the same work.
     """
-    key = hashlib.sha256(canonical(key_parts).encode()).hexdigest()[:16]
-    folder = Path("data") / ".scratch" / stage / key
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    text = canonical([key_parts, package_versions(*packages)])
+    folder = Path("data") / ".scratch" / stage / hashlib.sha256(text.encode()).hexdigest()[:16]
+    lock = folder.with_suffix(".lock")
+    with alone(lock):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        remove_dir(folder)
+        lock.unlink()

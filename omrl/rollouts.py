@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from omrl.behavior.checkpoints import Actor
 
 EPISODES = "episodes.parquet"
+_PACKAGES = ("mujoco", "numpy", "pyarrow", "torch")
 
 
 class RolloutsConfig(Config):
@@ -120,6 +121,11 @@ def rollout(
         action[:sampled] = actor.sample(observation[:sampled], noise[t])
         if sampled < episodes:
             action[sampled:] = actor.mean_action(observation[sampled:])
+        if not np.isfinite(action).all():
+            raise UserError(
+                f"task {index}, checkpoint of step {checkpoint}: its actions are not finite, so its training diverged; "
+                "lower behavior.sac.learning_rate in params.yaml, or leave the step out of rollouts.steps"
+            )
         result = env.step(action)
         store["observation"][:, t] = observation
         store["action"][:, t] = action
@@ -248,53 +254,50 @@ def build_shard(
     saved = range(0, trained["total_steps"] + 1, trained["checkpoint_every"])
     steps = config.checkpoint_steps(list(saved))
     verified(behavior, [f"{task_folder(t['index'])}/{checkpoint_name(step)}" for t in tasks for step in steps])
-    work = scratch(
-        "rollouts",
-        {"env": env, "env_config": env_config, "config": config.resolved(), "seed": seed, "inputs": inputs},
-    )
-    folders = {t["index"]: work / task_folder(t["index"]) for t in tasks}
-    todo = [t for t in tasks if not folders[t["index"]].exists()]
-    run_tasks(
-        rollout_task,
-        [
-            (
-                env,
-                env_config,
-                t["parameters"],
-                t["index"],
-                steps,
-                config.resolved(),
-                seed,
-                str(behavior / task_folder(t["index"])),
-                str(folders[t["index"]]),
-            )
-            for t in todo
-        ],
-        description=f"rollouts {shard}",
-        finished=len(tasks) - len(todo),
-    )
-    with atomic_dir(target) as folder:
-        names: dict[str, int | None] = {}
-        tables = []
-        for index, source in folders.items():
-            name = f"{task_folder(index)}.parquet"
-            shutil.copyfile(source / "transitions.parquet", folder / name)
-            tables.append(read_table(source / EPISODES))
-            names[name] = int(np.sum(tables[-1].column("length").to_numpy()))
-        episodes = pa.concat_tables(tables)
-        write_table(folder / EPISODES, episodes, {"environment": load_family(env, env_config).spec()})
-        write_manifest(
-            folder,
-            kind="rollouts",
-            inputs=inputs,
-            parameters={
-                "env": env,
-                "env_config": env_config,
-                "rollouts": config.resolved(),
-                "seed": seed,
-                "threads": 1,
-            },
-            files={**names, EPISODES: episodes.num_rows},
-            packages=("mujoco", "numpy", "pyarrow", "torch"),
+    key = {"env": env, "env_config": env_config, "config": config.resolved(), "seed": seed, "inputs": inputs}
+    with scratch("rollouts", key, _PACKAGES) as work:
+        folders = {t["index"]: work / task_folder(t["index"]) for t in tasks}
+        todo = [t for t in tasks if not folders[t["index"]].exists()]
+        run_tasks(
+            rollout_task,
+            [
+                (
+                    env,
+                    env_config,
+                    t["parameters"],
+                    t["index"],
+                    steps,
+                    config.resolved(),
+                    seed,
+                    str(behavior / task_folder(t["index"])),
+                    str(folders[t["index"]]),
+                )
+                for t in todo
+            ],
+            description=f"rollouts {shard}",
+            finished=len(tasks) - len(todo),
         )
-    shutil.rmtree(work)
+        with atomic_dir(target) as folder:
+            names: dict[str, int | None] = {}
+            tables = []
+            for index, source in folders.items():
+                name = f"{task_folder(index)}.parquet"
+                shutil.copyfile(source / "transitions.parquet", folder / name)
+                tables.append(read_table(source / EPISODES))
+                names[name] = int(np.sum(tables[-1].column("length").to_numpy()))
+            episodes = pa.concat_tables(tables)
+            write_table(folder / EPISODES, episodes, {"environment": load_family(env, env_config).spec()})
+            write_manifest(
+                folder,
+                kind="rollouts",
+                inputs=inputs,
+                parameters={
+                    "env": env,
+                    "env_config": env_config,
+                    "rollouts": config.resolved(),
+                    "seed": seed,
+                    "threads": 1,
+                },
+                files={**names, EPISODES: episodes.num_rows},
+                packages=_PACKAGES,
+            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +27,7 @@ from omrl.progress import Progress
 
 CURVE = "curve.csv"
 _STATE = "training.safetensors"
+_PACKAGES = ("numpy", "safetensors", "torch")
 
 
 class MetaTrainConfig(Config):
@@ -254,38 +254,35 @@ def build_model(
     inputs = input_hashes("data/tasks/all.json", source, *code)
     own_seed = seeding.integer(seed, "meta_train", name, dataset)
     algorithm = create(module, overrides, sizes, own_seed, where=f"params.yaml: algorithms.{name}")
-    work = scratch(
-        "meta_train",
-        {
-            "name": name,
-            "dataset": dataset,
-            "seed": seed,
-            "meta_train": config.resolved(),
-            "config": algorithm.config.resolved(),
-            "inputs": inputs,
-            "device": algorithm.device.type,
-        },
-    )
-    buffers = TaskBuffers.load(source, tasks, config.time_limit_terminal)
-    sampler = Sampler(buffers, algorithm.batch_sizes(), sizes.context_next_observation, own_seed, algorithm.device)
-    curve = train(algorithm, sampler, config, work / _STATE, f"{name} on {dataset}, seed {seed}")
-    with atomic_dir(target) as folder:
-        save_model(algorithm, folder, name, module)
-        write_text(folder / CURVE, "\n".join(curve.rows) + "\n")
-        write_manifest(
-            folder,
-            kind="model",
-            inputs=inputs,
-            parameters={
-                "algorithm": name,
-                "module": module,
-                "config": algorithm.config.resolved(),
-                "dataset": dataset,
-                "seed": seed,
-                "meta_train": config.resolved(),
-                "device": algorithm.device.type,
-            },
-            files={MODEL: None, MODEL_CONFIG: None, CURVE: len(curve.rows) - 1},
-            packages=("numpy", "safetensors", "torch"),
-        )
-    shutil.rmtree(work)
+    key = {
+        "name": name,
+        "dataset": dataset,
+        "seed": seed,
+        "meta_train": config.resolved(),
+        "config": algorithm.config.resolved(),
+        "inputs": inputs,
+        "device": algorithm.device.type,
+    }
+    with scratch("meta_train", key, _PACKAGES) as work:
+        buffers = TaskBuffers.load(source, tasks, config.time_limit_terminal)
+        sampler = Sampler(buffers, algorithm.batch_sizes(), sizes.context_next_observation, own_seed, algorithm.device)
+        curve = train(algorithm, sampler, config, work / _STATE, f"{name} on {dataset}, seed {seed}")
+        with atomic_dir(target) as folder:
+            save_model(algorithm, folder, name, module)
+            write_text(folder / CURVE, "\n".join(curve.rows) + "\n")
+            write_manifest(
+                folder,
+                kind="model",
+                inputs=inputs,
+                parameters={
+                    "algorithm": name,
+                    "module": module,
+                    "config": algorithm.config.resolved(),
+                    "dataset": dataset,
+                    "seed": seed,
+                    "meta_train": config.resolved(),
+                    "device": algorithm.device.type,
+                },
+                files={MODEL: None, MODEL_CONFIG: None, CURVE: len(curve.rows) - 1},
+                packages=_PACKAGES,
+            )

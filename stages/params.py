@@ -227,6 +227,7 @@ def check(path: str | Path = FILE) -> list[str]:
                 f"{key}: tasks of '{top.env}' differ in their dynamics, so a transition of one is impossible in "
                 "another; expected 'relabel: {}'"
             )
+        parse(type(family).CONFIG, {**family.config.resolved(), **entry.overrides()}, key)
     known = [*dataset.levels, *values.relabel]
     for key, chosen in (("train", dataset.train), ("test", dataset.test)):
         for name in chosen:

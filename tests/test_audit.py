@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -171,7 +170,8 @@ def test_verify_names_damaged_cache_objects_that_dvc_calls_up_to_date(project, h
         target.unlink()
     else:
         damage(target, b"" if how == "truncated" else None)
-    assert "up to date" in project.run("dvc", "status", f"{SMOKE}/dvc.yaml").stdout
+    if how != "missing":
+        assert "up to date" in project.run("dvc", "status", f"{SMOKE}/dvc.yaml").stdout
     done = project.omrl("verify", "--pipeline", SMOKE, check=False)
     assert done.returncode == 1
     assert target.name in done.stdout
@@ -214,9 +214,7 @@ def test_problems_end_with_code_2_and_no_traceback(built, tmp_path):
 
 def test_a_cache_elsewhere_is_found(project, tmp_path):
     shutil.move(project.folder / ".dvc/cache", tmp_path / "elsewhere")
-    project.run(
-        "dvc", "config", "--local", "cache.dir", os.path.relpath(tmp_path / "elsewhere", project.folder / ".dvc")
-    )
+    project.run("dvc", "config", "--local", "cache.dir", str(tmp_path / "elsewhere"))
     assert "0 damaged" in project.omrl("verify", "--pipeline", SMOKE).stdout
 
 

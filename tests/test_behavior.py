@@ -107,4 +107,4 @@ def test_temperatures_that_sb3_understands_are_accepted():
 
 
 def test_the_schedule_has_step_zero_and_the_last_step():
-    assert BehaviorConfig(total_steps=90, checkpoint_every=30).checkpoint_steps() == [0, 30, 60, 90]
+    assert BehaviorConfig(total_steps=900, checkpoint_every=300).checkpoint_steps() == [0, 300, 600, 900]

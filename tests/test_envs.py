@@ -200,7 +200,7 @@ def test_point_robot_goals_are_the_legacy_stream():
 @settings(max_examples=60, deadline=None)
 @given(
     st.floats(0, 3, width=32),
-    st.floats(0.05, 2).map(lambda r: round(r, 3)),
+    st.floats(0.05, 1).map(lambda r: round(r, 3)),
     st.sampled_from(["one-minus-distance", "eq35"]),
 )
 def test_sparse_reward_is_zero_outside_and_rises_towards_the_goal(distance, radius, form):
@@ -233,3 +233,95 @@ def test_importing_envs_does_not_import_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
     assert omrl.envs.base is not None
+
+
+def test_names_are_file_names_and_ids_are_unique():
+    families = [load_family(name) for name in FAMILIES]
+    assert [family.name for family in families] == FAMILIES
+    assert len({family.env_id for family in families}) == len(families)
+    assert type(families[0]).env_id in gymnasium.registry
+
+
+def test_published_facts_of_the_families():
+    facts = {
+        name: (f.capacity, f.horizon, f.varies, f.returns, f.context_next_observation, f.feature_size)
+        for name in ("sparse-point-robot", "point-robot", "point-robot-wind")
+        for f in [load_family(name)]
+    }
+    assert facts == {
+        "sparse-point-robot": (100, 20, "reward", "sparse", False, 0),
+        "point-robot": (None, 20, "reward", "dense", False, 0),
+        "point-robot-wind": (50, 20, "dynamics", "dense", True, 0),
+    }
+
+
+@pytest.mark.parametrize("name", ["sparse-point-robot", "point-robot", "point-robot-wind"])
+def test_where_episodes_start(name):
+    family = load_family(name)
+    starts = family.batch([family.sample(0, 0)], 2000).reset(streams(2000))
+    if name == "point-robot":
+        assert np.abs(starts).max() <= 1
+        np.testing.assert_allclose(
+            np.quantile(starts, [0.25, 0.5, 0.75], axis=0), [[-0.5] * 2, [0] * 2, [0.5] * 2], atol=0.08
+        )
+        assert abs(np.corrcoef(starts.T)[0, 1]) < 0.1
+    else:
+        assert not starts.any()
+
+
+def test_point_robot_bounds_against_an_independent_mean_over_starts():
+    family = load_family("point-robot")
+    task = family.sample(0, 1337)
+    rng = np.random.default_rng(0)
+    place, lost = rng.uniform(-1, 1, (200_000, 2)), rng.uniform(-1, 1, (100_000, 2))
+    goal, best, floor = np.array(task["goal"]), 0.0, 0.0
+    for _ in range(20):
+        place = place + np.clip(goal - place, -0.1, 0.1)
+        lost = lost + rng.uniform(-0.1, 0.1, lost.shape)
+        best -= np.linalg.norm(place - goal, axis=1).mean()
+        floor -= np.linalg.norm(lost - goal, axis=1).mean()
+    assert family.oracle_return(task) == pytest.approx(best, abs=0.04)  # four standard errors
+    assert family.random_return(task) == pytest.approx(floor, abs=0.65)
+
+
+def test_batched_steps_stay_in_float32_and_refuse_other_shapes(family):
+    batch = family.batch([family.sample(0, 0)], 3)
+    batch.reset(streams(3))
+    result = batch.step(np.full((3, family.action_size), 0.3))  # float64
+    assert result.next_observation.dtype == result.reward.dtype == result.sparse_reward.dtype == np.float32
+    assert batch.observation.dtype == np.float32
+    assert result.features.shape == (3, family.feature_size)
+    for shape in [(family.action_size,), (1, family.action_size), (5, family.action_size)]:
+        with pytest.raises(ValueError, match="expected"):
+            batch.step(np.zeros(shape, dtype=np.float32))
+
+
+def test_the_single_form_refuses_a_wrong_configuration(family):
+    with pytest.raises(UserError, match="unknown key"):
+        gymnasium.make(family.env_id, config={"no such key": 1})
+
+
+@pytest.mark.parametrize(
+    ("radius", "form"), [(1.5, "one-minus-distance"), (1e-9, "eq35"), (11, "eq35"), (-0.2, "eq35")]
+)
+def test_a_radius_without_meaning_is_refused(radius, form):
+    with pytest.raises(UserError, match="radius = "):
+        load_family("sparse-point-robot", {"radius": radius, "sparse_reward": form})
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(-math.pi, math.pi), st.floats(-2, 2), st.floats(-2, 2))
+def test_rewards_depend_on_the_relative_position_only(seed, angle, dx, dy):
+    family = load_family("sparse-point-robot", {"radius": 0.5})
+    rng = np.random.default_rng(seed)
+    goal, rows = rng.uniform(-1, 1, 2), rng.uniform(-1, 1, (20, 2))
+    rows = rows[np.abs(np.linalg.norm(rows - goal, axis=1) - 0.5) > 1e-4]  # not on the rim
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+
+    def rewards(place, points):
+        points = points.astype(np.float32)
+        return family.reward({"goal": place.tolist()}, points, points, points, np.zeros((len(points), 0), np.float32))
+
+    moved = rewards(turn @ goal + [dx, dy], rows @ turn.T + [dx, dy])
+    for before, after in zip(rewards(goal, rows), moved, strict=True):
+        np.testing.assert_allclose(after, before, atol=2e-5)

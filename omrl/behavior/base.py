@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from omrl.files import atomic_dir, canonical, input_hashes, read_json, scratch, 
 from omrl.parallel import run_tasks
 
 PROGRESS = "progress.csv"
+_PACKAGES = ("gymnasium", "mujoco", "numpy", "stable_baselines3", "torch")
 
 
 class SacConfig(Config):
@@ -52,7 +54,7 @@ class SacConfig(Config):
         if isinstance(value, str):
             start = value.removeprefix("auto").removeprefix("_")
             try:
-                ok = value == "auto" or (value.startswith("auto_") and float(start) > 0)
+                ok = value == "auto" or (value.startswith("auto_") and 0 < float(start) < math.inf)
             except ValueError:
                 ok = False
         else:
@@ -85,6 +87,16 @@ class BehaviorConfig(Config):
             raise ValueError(
                 f"total_steps = {self.total_steps} is not a multiple of checkpoint_every = {self.checkpoint_every}: "
                 "expected the last step on the checkpoint grid"
+            )
+        if self.sac.learning_starts >= self.total_steps:
+            raise ValueError(
+                f"sac.learning_starts = {self.sac.learning_starts} leaves no step to learn: expected less than "
+                f"total_steps = {self.total_steps}"
+            )
+        if self.checkpoint_every % self.sac.train_freq:
+            raise ValueError(
+                f"checkpoint_every = {self.checkpoint_every} is not a multiple of sac.train_freq = "
+                f"{self.sac.train_freq}: SB3 stops only between its collections of train_freq steps"
             )
         return self
 
@@ -141,50 +153,54 @@ def build_shard(
     tasks_file = f"data/tasks/{shard}.json"
     tasks = read_json(tasks_file)["tasks"]
     resolved = config.resolved()
-    work = scratch(
-        "behavior",
-        {"env": env, "env_config": env_config, "config": resolved, "seed": seed, "code": input_hashes(*code)},
-    )
-    folders = {t["index"]: work / _scratch_name(t["index"], t["parameters"]) for t in tasks}
-    todo = [t for t in tasks if not folders[t["index"]].exists()]
-    run_tasks(
-        train_task,
-        [
-            (
-                env,
-                env_config,
-                t["parameters"],
-                resolved,
-                behavior_seed(seed, env, t["index"]),
-                str(folders[t["index"]]),
-            )
-            for t in todo
-        ],
-        description=f"behavior {shard}",
-        finished=len(tasks) - len(todo),
-    )
-    with atomic_dir(target) as folder:
-        names: dict[str, int | None] = {}
-        for index, source in folders.items():
-            shutil.copytree(source, folder / task_folder(index))
-            names |= {f"{task_folder(index)}/{path.name}": None for path in sorted(source.iterdir())}
-        write_manifest(
-            folder,
-            kind="behavior",
-            inputs=input_hashes(tasks_file, *code),
-            parameters={
-                "env": env,
-                "env_config": env_config,
-                "behavior": resolved,
-                "seed": seed,
-                "threads": 1,
-                "run_seeds": {str(t["index"]): behavior_seed(seed, env, t["index"]) for t in tasks},
-            },
-            files=names,
-            packages=("gymnasium", "mujoco", "numpy", "stable_baselines3", "torch"),
+    key = {
+        "shard": shard,
+        "env": env,
+        "env_config": env_config,
+        "config": resolved,
+        "seed": seed,
+        "code": input_hashes(*code),
+    }
+    with scratch("behavior", key, _PACKAGES) as work:
+        folders = {t["index"]: work / _scratch_name(t["index"], t["parameters"]) for t in tasks}
+        todo = [t for t in tasks if not folders[t["index"]].exists()]
+        run_tasks(
+            train_task,
+            [
+                (
+                    env,
+                    env_config,
+                    t["parameters"],
+                    resolved,
+                    behavior_seed(seed, env, t["index"]),
+                    str(folders[t["index"]]),
+                )
+                for t in todo
+            ],
+            description=f"behavior {shard}",
+            finished=len(tasks) - len(todo),
         )
-    for source in folders.values():
-        shutil.rmtree(source)
+        with atomic_dir(target) as folder:
+            names: dict[str, int | None] = {}
+            expected = [PROGRESS, *(checkpoint_name(step) for step in config.checkpoint_steps())]
+            for index, source in folders.items():
+                shutil.copytree(source, folder / task_folder(index))
+                names |= {f"{task_folder(index)}/{name}": None for name in expected}
+            write_manifest(
+                folder,
+                kind="behavior",
+                inputs=input_hashes(tasks_file, *code),
+                parameters={
+                    "env": env,
+                    "env_config": env_config,
+                    "behavior": resolved,
+                    "seed": seed,
+                    "threads": 1,
+                    "run_seeds": {str(t["index"]): behavior_seed(seed, env, t["index"]) for t in tasks},
+                },
+                files=names,
+                packages=_PACKAGES,
+            )
 
 
 def _scratch_name(index: int, parameters: Mapping[str, Any]) -> str:

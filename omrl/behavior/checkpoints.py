@@ -10,6 +10,7 @@ import io
 import json
 import pickle
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -78,15 +79,36 @@ def load_actor(path: str | Path) -> Actor:
         raise UserError(f"{path}: checkpoint is missing; {hint}") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path}: policy.pth holds more than plain weights; refused, nothing of it was run") from None
-    except (zipfile.BadZipFile, KeyError, EOFError, RuntimeError, ValueError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever zipfile, zlib, json and PyTorch stumble over in a damaged file
         raise UserError(f"{path}: damaged, expected an SB3 checkpoint ({type(error).__name__}); {hint}") from None
     if not isinstance(weights, dict) or "actor.mu.weight" not in weights:
         raise UserError(f"{path}: no SAC actor in policy.pth, expected a stable_baselines3.SAC checkpoint")
     if isinstance(settings, dict) and "activation_fn" in json.dumps(settings.get("policy_kwargs")):
         raise UserError(f"{path}: the policy has an activation of its own; expected SB3's default, ReLU")
-    layers = sorted({int(name.split(".")[2]) for name in weights if name.startswith("actor.latent_pi.")})
-    return Actor(
-        [(weights[f"actor.latent_pi.{i}.weight"], weights[f"actor.latent_pi.{i}.bias"]) for i in layers],
-        (weights["actor.mu.weight"], weights["actor.mu.bias"]),
-        (weights["actor.log_std.weight"], weights["actor.log_std.bias"]),
-    )
+    hidden, index = [], 0
+    while f"actor.latent_pi.{index}.weight" in weights:  # a linear layer and its ReLU take a number each
+        hidden.append(_linear(weights, f"actor.latent_pi.{index}", path))
+        index += 2
+    mean, log_std = (_linear(weights, f"actor.{name}", path) for name in ("mu", "log_std"))
+    chain = [*(weight.shape for weight, _ in hidden), mean[0].shape]
+    fits = all(after[1] == before[0] for before, after in pairwise(chain))
+    if not hidden or not fits or log_std[0].shape != mean[0].shape:
+        raise UserError(f"{path}: the layers of the actor do not fit together, shapes {[list(s) for s in chain]}")
+    return Actor(hidden, mean, log_std)
+
+
+def _linear(weights: dict[str, Tensor], name: str, path: str | Path) -> tuple[Tensor, Tensor]:
+    """Return weight [out, in] and bias [out] of a layer, float32 and finite."""
+    weight, bias = weights.get(f"{name}.weight"), weights.get(f"{name}.bias")
+    if not (isinstance(weight, Tensor) and isinstance(bias, Tensor)):
+        raise UserError(f"{path}: no tensors {name}.weight and {name}.bias in policy.pth, expected SB3's SAC actor")
+    if weight.ndim != 2 or bias.shape != weight.shape[:1] or {weight.dtype, bias.dtype} != {torch.float32}:
+        raise UserError(
+            f"{path}: {name} is {weight.dtype} {list(weight.shape)} with bias {bias.dtype} {list(bias.shape)}, "
+            "expected float32 [out, in] and [out]"
+        )
+    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+        raise UserError(f"{path}: {name} holds NaN or infinite weights: the training diverged")
+    return weight.detach(), bias.detach()

@@ -161,9 +161,9 @@ def register_all() -> None:
     """Register every family's id with Gymnasium."""
     for name in registry.names("omrl.envs"):
         module = registry.load("omrl.envs", name)
-        if module.FAMILY.env_id not in gymnasium.registry:
-            register(
-                id=module.FAMILY.env_id,
-                entry_point=f"{module.__name__}:ENV",
-                max_episode_steps=module.FAMILY.horizon,
-            )
+        entry_point = f"{module.__name__}:ENV"
+        taken = gymnasium.registry.get(module.FAMILY.env_id)
+        if taken is None:
+            register(id=module.FAMILY.env_id, entry_point=entry_point, max_episode_steps=module.FAMILY.horizon)
+        elif taken.entry_point != entry_point:
+            raise ValueError(f"{entry_point}: env_id '{module.FAMILY.env_id}' is taken by {taken.entry_point}")
