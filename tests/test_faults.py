@@ -77,6 +77,11 @@ def rerun(project: Project, cell: str) -> str:
     return text
 
 
+def restore(project: Project) -> None:
+    """Bring back damaged inputs, and outputs that DVC took away before the run that failed."""
+    project.run("dvc", "checkout", "--force", f"{SMOKE}/dvc.yaml")
+
+
 def test_damaged_and_missing_inputs_are_named(project):
     data = project.smoke / "data"
     before = project.lock
@@ -88,18 +93,19 @@ def test_damaged_and_missing_inputs_are_named(project):
     flipped[len(content) // 2] ^= 4
     parquet.write_bytes(bytes(flipped))
     assert "data/rollouts/000-003/task=002.parquet: damaged" in rerun(project, "dataset@expert")
-    parquet.write_bytes(content)
+    restore(project)
 
     checkpoint = data / "behavior/000-003/task=001/step=000100.zip"
     checkpoint.unlink()
     assert "task=001/step=000100.zip" in rerun(project, "rollouts@000-003")
+    restore(project)
     model = data / "models/focal/expert/0/model.safetensors"
     model.write_bytes(model.read_bytes()[:100])
     assert "data/models/focal/expert/0/model.safetensors: damaged" in rerun(project, "evaluate@focal-expert-expert-0")
-    (data / "datasets/expert/task=003.parquet").unlink(missing_ok=True)
-    assert "data/datasets/expert" in rerun(project, "meta_train@focal-expert-0")
-    # outputs that the failed runs took away come back from the cache
-    project.run("dvc", "checkout", "--force", f"{SMOKE}/dvc.yaml")
+    restore(project)
+    (data / "datasets/expert/task=003.parquet").unlink()
+    assert "data/datasets/expert/task=003.parquet: missing" in rerun(project, "meta_train@focal-expert-0")
+    restore(project)
     assert project.lock == before
     assert project.repro().executed == set()
     assert project.omrl("verify", "--pipeline", SMOKE).returncode == 0

@@ -78,7 +78,9 @@ def test_adding_tasks_trains_only_the_new_shard(project):
 def test_editing_an_algorithm_reruns_its_cells_only(project):
     file = project.folder / "omrl/algorithms/focal.py"
     file.write_text(file.read_text() + "\n\n_PROBE = 1\n")
-    assert {name.partition("@")[0] for name in project.repro().executed} == {"code", "meta_train", "evaluate"}
+    executed = {name.partition("@")[0] for name in project.repro().executed}
+    # the report names the fingerprint of the code, so it is made again although no number has changed
+    assert executed == {"code", "meta_train", "evaluate", "report"}
 
 
 def test_editing_comments_and_docstrings_reruns_nothing(project):
