@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+
+from omrl.report.template import PAGE
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ class Picture:
 
 def render(**values: Any) -> str:
     """Return index.html; ``values`` are what the template names."""
-    text = resources.files("omrl.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     # -0.00 is a rounding of nothing
     values["signed"] = lambda x: f"{x:.2f}".replace("-0.00", "0.00")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(text).render(**values)
+    return environment.from_string(PAGE).render(**values)

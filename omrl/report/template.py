@@ -1,3 +1,6 @@
+"""The page's template: in a module, so that the report's fingerprint covers it."""
+
+PAGE = """\
 <!doctype html>
 <html lang="en">
 <head>
@@ -73,3 +76,4 @@ omrl verify                                     # every file and cache object ag
 <h2>Rebuild</h2>
 <p><code>dvc repro</code> in this pipeline's folder rebuilds everything from nothing; <code>params.yaml</code> beside <code>dvc.yaml</code> holds every knob. Made with OMRL {{ facts.version }}.</p>
 </main></body></html>
+"""
