@@ -65,13 +65,17 @@ def results(rows: list[Row], references: dict[str, float], returns: str) -> byte
                 axes.plot(row.published, place, "D", mfc="white", mec="#444444", ms=6)
         for place, (name, value) in enumerate(references.items()):
             axes.axvline(value, color="#666666", lw=1, ls=(0, (4, 2 + 2 * place)), zorder=0)
-            axes.text(value, len(rows) - 0.35, name, ha="center", va="bottom", fontsize=8, color="#444444")
+            # one above the other: references may lie close together
+            axes.annotate(
+                name, (value, len(rows) - 0.4), (0, 3 + 10 * place), textcoords="offset points",
+                ha="center", fontsize=8, color="#444444", annotation_clip=False,
+            )  # fmt: skip
         axes.set_yticks(range(len(order)), [_label(row.cell) for row in order])
-        axes.set_ylim(-0.6, len(rows) - 0.1)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel(f"{returns} return (bar: bootstrap interval, tick: mean, dots: seeds, diamond: published)")
         axes.grid(axis="y", visible=False)
 
-    return _draw((7.5, 1.3 + 0.36 * len(rows)), paint)
+    return _draw((7.5, 1.7 + 0.36 * len(rows)), paint)
 
 
 def training_curves(evaluations: list[Evaluation]) -> bytes:

@@ -11,13 +11,13 @@ PAGE = """\
 :root { --ink: #1c2430; --soft: #5b6675; --line: #dde2e8; --tint: #f5f7f9; --accent: #0072b2; }
 * { box-sizing: border-box; }
 body { margin: 0; color: var(--ink); background: #fff; font: 15px/1.55 system-ui, "DejaVu Sans", sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 32px 24px 64px; }
+main { max-width: 1240px; margin: 0 auto; padding: 32px 24px 64px; }
 h1 { font-size: 28px; margin: 0 0 4px; } h2 { font-size: 20px; margin: 44px 0 10px; padding-top: 14px; border-top: 1px solid var(--line); }
 h3 { font-size: 15px; margin: 0 0 6px; }
 .lead { font-size: 17px; max-width: 60em; } .soft { color: var(--soft); } .facts { color: var(--soft); margin: 0 0 18px; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; min-width: 60%; }
-th, td { padding: 5px 9px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; min-width: 60%; }
+th, td { padding: 5px 7px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } th.t, td.t { text-align: left; } td.strong { font-weight: 650; }
 tr.reference td { color: var(--soft); font-style: italic; background: var(--tint); }
 figure { margin: 0 0 26px; } figure img { max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 4px; padding: 6px; }
