@@ -27,10 +27,10 @@ repro: setup  ## rebuild every result of params.yaml and print the table
 	@echo "report: reports/index.html"
 
 test: setup  ## the whole test suite, end to end included
-	python -m pytest tests
+	python -m pytest tests -n 2 --dist loadfile --durations 5
 
 test-fast: setup  ## unit, property and contract tests only
-	python -m pytest tests -m "not e2e"
+	python -m pytest tests -n 2 --dist loadfile -m "not e2e"
 
 lint: setup  ## ruff, format check, types
 	ruff check .
