@@ -69,6 +69,7 @@ def _color_values(tasks: list[dict[str, Any]]) -> tuple[dict[int, float], str]:
         values = [t["parameters"].get(key) for t in tasks]
         if all(v is not None and len(v) == 2 for v in values) and len({tuple(v) for v in values}) > 1:
             angles = np.degrees(np.arctan2([v[1] for v in values], [v[0] for v in values]))
+            angles = np.round(angles, 6) % 360  # the end of a half circle is 180, not -180 by a rounding
             return {t["index"]: float(a) for t, a in zip(tasks, angles, strict=True)}, f"angle of the {key} (degrees)"
     return {t["index"]: float(t["index"]) for t in tasks}, "task index"
 
