@@ -75,7 +75,9 @@ def build_level(
             episodes = from_table(read_table(paths[-1]))
             for task, path in zip(range(first, last + 1), paths, strict=False):
                 own = {key: values[episodes["task"] == task] for key, values in episodes.items()}
-                normalized = _normalized_means(own, family, rows_of[task])
+                means = _mean_returns(own)
+                best = max(means.values())  # the top of the scale where the oracle's return is not known
+                normalized = {step: float(family.normalize(rows_of[task], mean, best)) for step, mean in means.items()}
                 checkpoints = quality.choose_checkpoints(name, level, task, normalized)
                 rng = quality.level_stream(seed, family.name, name, task)
                 what = f"level '{name}' of task {task}"
@@ -85,7 +87,7 @@ def build_level(
                 footer["checkpoints"] = {str(step): footer["checkpoints"][str(step)] for step in checkpoints}
                 write_transitions(folder / task_file(task), columns, _without_version(footer))
                 returns = [
-                    (step, value, float(family.normalize(rows_of[task], value)))
+                    (step, value, float(family.normalize(rows_of[task], value, best)))
                     for step, value in _episode_returns(own, columns)
                 ]
                 card.add(columns, returns)
@@ -101,14 +103,11 @@ def build_level(
         )
 
 
-def _normalized_means(episodes: Columns, family: Family, row: dict[str, Any]) -> dict[int, float]:
-    """Return checkpoint -> mean normalized return of its episodes with sampled actions."""
+def _mean_returns(episodes: Columns) -> dict[int, float]:
+    """Return checkpoint -> mean return of its episodes with sampled actions."""
     sampled = ~episodes["deterministic"]
     steps: NDArray[np.int32] = np.unique(episodes["checkpoint"])
-    return {
-        int(step): float(family.normalize(row, episodes["return"][sampled & (episodes["checkpoint"] == step)].mean()))
-        for step in steps
-    }
+    return {int(step): float(episodes["return"][sampled & (episodes["checkpoint"] == step)].mean()) for step in steps}
 
 
 def build_relabelled(

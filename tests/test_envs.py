@@ -18,7 +18,7 @@ from omrl.envs._point import PointConfig, sparsify
 from omrl.envs.base import Family, load_family
 from omrl.errors import UserError
 
-FAMILIES = registry.names("omrl.envs")
+FAMILIES = [name for name in registry.names("omrl.envs") if "point-robot" in name]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -236,8 +236,9 @@ def test_importing_envs_does_not_import_torch():
 
 
 def test_names_are_file_names_and_ids_are_unique():
-    families = [load_family(name) for name in FAMILIES]
-    assert [family.name for family in families] == FAMILIES
+    names = registry.names("omrl.envs")
+    families = [load_family(name) for name in names]
+    assert [family.name for family in families] == names
     assert len({family.env_id for family in families}) == len(families)
     assert type(families[0]).env_id in gymnasium.registry
 

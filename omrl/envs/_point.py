@@ -100,14 +100,17 @@ class PointBatch(BatchEnv):
         self._wind = np.repeat(wind, copies, axis=0)
         self.observation = np.zeros((len(tasks) * copies, 2), dtype=np.float32)
 
-    def reset(self, rngs: Sequence[np.random.Generator] | None = None) -> Array:
-        """Put every copy at its start: the origin, or a draw from its stream."""
-        if self._random_start:
-            if rngs is None or len(rngs) != len(self.observation):
-                raise ValueError("starts are random here: reset needs one generator per copy")
-            self.observation = np.stack([draw_start(rng) for rng in rngs])
-        else:
-            self.observation = np.zeros_like(self.observation)
+    def reset(self, rngs: Sequence[np.random.Generator] | None = None, rows: NDArray[np.intp] | None = None) -> Array:
+        """Put every copy, or those of ``rows``, at its start: the origin, or a draw from its stream."""
+        chosen = np.arange(len(self.observation)) if rows is None else rows
+        self.observation = self.observation.copy()
+        if not self._random_start:
+            self.observation[chosen] = 0.0
+            return self.observation
+        if rngs is None or len(rngs) != len(chosen):
+            raise ValueError("starts are random here: reset needs one generator per copy")
+        for row, rng in zip(chosen, rngs, strict=True):
+            self.observation[row] = draw_start(rng)
         return self.observation
 
     def step(self, actions: Array) -> StepResult:
@@ -172,7 +175,7 @@ class PointFamily(Family):
     varies = "reward"
     returns = "dense"
     context_next_observation = False
-    capacity: ClassVar[int | None] = None
+    capacity: int | None = None
 
     @property
     def point(self) -> PointConfig:
@@ -188,8 +191,8 @@ class PointFamily(Family):
         dense = distance_reward(task["goal"], next_observation)
         return dense, sparsify(dense, self.point)
 
-    def batch(self, tasks: Sequence[Task], copies: int = 1) -> PointBatch:
-        """Return ``len(tasks) * copies`` robots that step together."""
+    def batch(self, tasks: Sequence[Task], copies: int = 1, threads: int = 1) -> PointBatch:
+        """Return ``len(tasks) * copies`` robots that step together, on one thread."""
         return PointBatch(self, tasks, copies)
 
     def _starts(self) -> Array:

@@ -45,8 +45,11 @@ class BatchEnv(abc.ABC):
     observation: Array  # [B, observation_size]
 
     @abc.abstractmethod
-    def reset(self, rngs: Sequence[np.random.Generator] | None = None) -> Array:
-        """Start a new episode in every copy; ``rngs`` has one stream per copy where starts are random."""
+    def reset(self, rngs: Sequence[np.random.Generator] | None = None, rows: NDArray[np.intp] | None = None) -> Array:
+        """Start a new episode in every copy, or in copies ``rows`` alone; return all observations.
+
+        ``rngs`` has one stream for each copy that starts, where starts are random.
+        """
 
     @abc.abstractmethod
     def step(self, actions: Array) -> StepResult:
@@ -59,14 +62,14 @@ class Family(abc.ABC):
     name: ClassVar[str]
     env_id: ClassVar[str]
     CONFIG: ClassVar[type[Config]]
-    observation_size: ClassVar[int]
+    observation_size: int  # of the class, or of the instance where the configuration chooses
     action_size: ClassVar[int]
     feature_size: ClassVar[int] = 0
     horizon: ClassVar[int]  # steps of a test episode
     varies: ClassVar[str]  # "reward" or "dynamics": what tasks differ in
     returns: ClassVar[str]  # "dense" or "sparse": the return that the papers report
     context_next_observation: ClassVar[bool]  # does the context encoder see s'?
-    capacity: ClassVar[int | None]  # how many tasks there are; None: no limit
+    capacity: int | None  # how many tasks there are; None: no limit
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -89,21 +92,29 @@ class Family(abc.ABC):
         """
 
     @abc.abstractmethod
-    def batch(self, tasks: Sequence[Task], copies: int = 1) -> BatchEnv:
-        """Return the batched form: ``copies`` copies of every task."""
+    def batch(self, tasks: Sequence[Task], copies: int = 1, threads: int = 1) -> BatchEnv:
+        """Return the batched form: ``copies`` copies of every task.
 
-    @abc.abstractmethod
-    def oracle_return(self, task: Task) -> float:
-        """Return what the best controller that knows the task collects in ``horizon`` steps."""
+        A simulator may use ``threads`` threads; the numbers do not depend on it.
+        """
+
+    def oracle_return(self, task: Task) -> float | None:
+        """Return what the best controller that knows the task collects in ``horizon`` steps; None: not known."""
+        return None
 
     @abc.abstractmethod
     def random_return(self, task: Task) -> float:
         """Return what uniform random actions collect in ``horizon`` steps, in expectation."""
 
-    def normalize(self, task_row: dict[str, Any], value: Any) -> Any:
-        """Return (value - random) / (oracle - random) for a row of data/tasks/all.json: 0 random, 1 oracle."""
-        floor, top = task_row["random_return"], task_row["oracle_return"]
-        return (value - floor) / (top - floor)
+    def normalize(self, task_row: dict[str, Any], value: Any, best: float | None = None) -> Any:
+        """Return (value - random) / (top - random) for a row of data/tasks/all.json: 0 random, 1 top.
+
+        The top is the oracle's return. Where it is not known, it is ``best``, what the best policy at hand
+        collects; without that, NaN.
+        """
+        floor, oracle = task_row["random_return"], task_row["oracle_return"]
+        top = oracle if oracle is not None else best
+        return value * np.nan if top is None else (value - floor) / (top - floor)
 
     def make(self, task: Task, horizon: int | None = None) -> gymnasium.Env[Any, Any]:
         """Return the single form: a Gymnasium environment that truncates after ``horizon`` steps."""

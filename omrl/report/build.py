@@ -79,8 +79,9 @@ def _lead(rows: list[tables.Row], references: dict[str, float], facts: dict[str,
     algorithm, train, test = best.cell
     text = (
         f"{algorithm} trained on {train} data and given {test} context reaches {best.summary.mean:.2f} "
-        f"[{best.summary.low:.2f}, {best.summary.high:.2f}] on {facts['test_tasks']} unseen tasks, where an oracle has "
-        f"{references['oracle']:.2f} and random actions {references['random']:.2f}."
+        f"[{best.summary.low:.2f}, {best.summary.high:.2f}] on {facts['test_tasks']} unseen tasks, where "
+        + (f"an oracle has {references['oracle']:.2f} and " if "oracle" in references else "")
+        + f"random actions have {references['random']:.2f}."
     )
     compared = [row for row in rows if row.published is not None]
     if compared:

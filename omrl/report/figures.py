@@ -128,7 +128,7 @@ def behavior_curves(progress: dict[int, pd.DataFrame], references: dict[str, flo
             axes.plot(curve["step"], curve["return"], color=COLORS[5], lw=0.7, alpha=0.5)
         mean = pd.concat(progress.values()).groupby("step")["return"].mean()
         axes.plot(mean.index, mean.to_numpy(), color=COLORS[0], lw=2.2, label=f"mean of {len(progress)} tasks")
-        for name in ("oracle", "random"):
+        for name in [n for n in ("oracle", "random") if n in references]:
             axes.axhline(references[name], color="#666666", lw=1, ls="--" if name == "oracle" else ":", label=name)
         axes.set_xlabel("SAC environment steps")
         axes.set_ylabel(f"{returns} return")

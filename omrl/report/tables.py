@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class Row:
 
     cell: Cell
     summary: Summary
-    normalized: float
+    normalized: float | None  # None: the oracle's return is not known
     train_tasks: float
     seed_means: dict[int, float]
     diagnostics: dict[str, float]
@@ -131,6 +132,7 @@ def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]
     rows = []
     for cell, members in cells.items():
         scores = _scores(members, "test", "return")
+        normalized = float(_scores(members, "test", "normalized").mean())
         rng = seeding.generator(0, "bootstrap", *cell)
         diagnostics = {}
         for key in ("esr", "rms", "embedding_variance"):
@@ -141,7 +143,7 @@ def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]
             Row(
                 cell,
                 summarize(scores, config.bootstrap_samples, config.confidence, rng),
-                float(_scores(members, "test", "normalized").mean()),
+                None if math.isnan(normalized) else normalized,
                 float(_scores(members, "train", "return").mean()),
                 {m.seed: float(s.mean()) for m, s in zip(members, scores, strict=True)},
                 diagnostics,
@@ -154,7 +156,9 @@ def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]
 def reference_rows(family: Family, tasks: list[dict[str, Any]]) -> dict[str, float]:
     """Return mean returns over the test tasks of controllers that need no learning: oracle, random, others."""
     test = [t for t in tasks if t["split"] == "test"]
-    rows = {"oracle": float(np.mean([t["oracle_return"] for t in test]))}
+    rows: dict[str, float] = {}
+    if all(t["oracle_return"] is not None for t in test):
+        rows["oracle"] = float(np.mean([t["oracle_return"] for t in test]))
     others = [family.references(t["parameters"]) for t in test]
     for name in others[0]:
         rows[name] = float(np.mean([values[name] for values in others]))
@@ -213,7 +217,7 @@ def markdown(
         "",
         f"{facts['returns'].capitalize()} return over {facts['horizon']} steps on {facts['test_tasks']} unseen tasks, "
         f"{facts['seeds']} seed(s); protocol `{facts['protocol']}`. Interval: {percent} "
-        "bootstrap over tasks and seeds. Normalized: 0 random, 1 oracle.",
+        "bootstrap over tasks and seeds." + (" Normalized: 0 random, 1 oracle." if "oracle" in references else ""),
         "",
         "| algorithm | trained on | test context | return | interval | IQM | normalized | drop |"
         + (" published | ours - published |" if config.published else ""),
@@ -224,7 +228,8 @@ def markdown(
         shift = drop(row, rows)
         line = (
             f"| {algorithm} | {train} | {test} | {row.summary.mean:.2f} | "
-            f"[{row.summary.low:.2f}, {row.summary.high:.2f}] | {row.summary.iqm:.2f} | {row.normalized:.2f} | "
+            f"[{row.summary.low:.2f}, {row.summary.high:.2f}] | {row.summary.iqm:.2f} | "
+            f"{'' if row.normalized is None else f'{row.normalized:.2f}'} | "
             f"{'' if shift is None else f'{shift:.2f}'} |"
         )
         if config.published:

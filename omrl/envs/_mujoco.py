@@ -1,0 +1,313 @@
+"""Mechanics shared by the MuJoCo families: many copies simulated together by ``mujoco.rollout``.
+
+The simulator works in float64 and starts every step's constraint solver from zero, not from the last step's
+solution: what follows is then a function of the positions and velocities alone, whichever thread or batch a
+copy is simulated in. Gymnasium's environments keep the solution; where the solver converges, as in all models
+here, the difference is of the order of its tolerance.
+
+Rewards are computed in float32 from stored features alone, so that relabelling a task with its own parameters
+gives back the stored rewards bit for bit.
+"""
+
+from __future__ import annotations
+
+import abc
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import gymnasium
+import mujoco
+import numpy as np
+from gymnasium import spaces
+from mujoco.rollout import Rollout
+from numpy.typing import NDArray
+from pydantic import Field
+
+from omrl import seeding
+from omrl.config import Config, parse
+from omrl.envs.base import Array, BatchEnv, Family, StepResult, Task
+from omrl.errors import UserError
+
+_STATE = mujoco.mjtState.mjSTATE_FULLPHYSICS
+_ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
+_FLOOR_EPISODES = 64  # random episodes behind the random floor
+_PICTURE = 480  # pixels, width and height of a rendered picture
+
+Doubles = NDArray[np.float64]
+
+
+class MujocoConfig(Config):
+    """What the MuJoCo families share.
+
+    Attributes:
+        sparse_threshold: G of FOCAL++ Eq. 35: the sparse reward is (r - G)/|G| where the dense reward r of the
+            step exceeds G, else 0. None: the sparse reward is the dense one. The papers tuned G so that about
+            half of the transitions in the context are non-zero, so it depends on the behavior policies.
+    """
+
+    sparse_threshold: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
+
+
+@dataclass(frozen=True)
+class Physics:
+    """States of B copies, float64: positions [B, nq], velocities [B, nv]."""
+
+    qpos: Doubles
+    qvel: Doubles
+
+
+@cache
+def load_model(name: str) -> mujoco.MjModel:
+    """Return Gymnasium's model ``name`` (``half_cheetah.xml``), compiled; shared, not to be changed."""
+    return mujoco.MjModel.from_xml_path(str(_ASSETS / name))
+
+
+def sparsify(dense: Array, threshold: float | None) -> Array:
+    """Return FOCAL++ Eq. 35 for dense rewards of a step, elementwise, float32 [N]."""
+    if threshold is None:
+        return dense
+    limit = np.float32(threshold)
+    return np.where(dense > limit, (dense - limit) / np.abs(limit), np.float32(0.0)).astype(np.float32)
+
+
+class MujocoBatch(BatchEnv):
+    """Copies of one model, or of one model per task, stepping together."""
+
+    def __init__(self, family: MujocoFamily, tasks: Sequence[Task], copies: int, threads: int) -> None:
+        self._family = family
+        models = [family.model(task) for task in tasks]
+        first = models[0]
+        rows = len(tasks) * copies
+        one = all(model is first for model in models)
+        self._models = first if one else [model for model in models for _ in range(copies)]
+        self._first = first
+        self._task = np.repeat(np.stack([family.task_array(task) for task in tasks]), copies, axis=0)
+        # float64: the control is what MuJoCo sees
+        self._low, self._high = (np.array(bound) for bound in first.actuator_ctrlrange.T)
+        self._state = np.zeros((rows, mujoco.mj_stateSize(first, _STATE)))
+        self._threads = min(threads, rows)
+        self._data = [mujoco.MjData(first) for _ in range(max(self._threads, 1))]
+        self._pool = Rollout(nthread=self._threads if self._threads > 1 else 0)
+        weakref.finalize(self, self._pool.close)
+        self.observation = np.zeros((rows, family.observation_size), dtype=np.float32)
+        start = np.zeros((rows, first.nq + first.nv))
+        start[:, : first.nq] = first.qpos0
+        self._place(np.arange(rows), start)
+
+    def _physics(self, state: Doubles) -> Physics:
+        nq, nv = self._first.nq, self._first.nv
+        return Physics(state[:, 1 : 1 + nq], state[:, 1 + nq : 1 + nq + nv])
+
+    def _place(self, rows: NDArray[np.intp], start: Doubles) -> None:
+        """Put copies ``rows`` at positions and velocities ``start`` [len(rows), nq + nv], at rest otherwise."""
+        self._state[rows] = 0.0
+        self._state[rows, 1 : 1 + start.shape[1]] = start
+        physics = self._physics(self._state[rows])
+        self.observation = self.observation.copy()
+        self.observation[rows] = self._family.observe(physics, physics)
+
+    def reset(self, rngs: Sequence[np.random.Generator] | None = None, rows: NDArray[np.intp] | None = None) -> Array:
+        """Start a new episode in every copy, or in those of ``rows``; one stream per started copy."""
+        chosen = np.arange(len(self._state)) if rows is None else rows
+        if rngs is None or len(rngs) != len(chosen):
+            raise ValueError("starts are random here: reset needs one generator per copy")
+        if len(chosen):
+            self._place(chosen, np.stack([self._family.start(self._first, rng) for rng in rngs]))
+        return self.observation
+
+    def step(self, actions: Array) -> StepResult:
+        """Apply the actions for ``frame_skip`` steps of the simulator.
+
+        Raises:
+            ValueError: the actions are not one row per copy.
+        """
+        family = self._family
+        actions = np.clip(np.asarray(actions, dtype=np.float32), np.float32(-1.0), np.float32(1.0))
+        if actions.shape != (len(self._state), family.action_size):
+            raise ValueError(f"actions of shape {actions.shape}, expected {(len(self._state), family.action_size)}")
+        control = self._low + (actions.astype(np.float64) + 1.0) * (0.5 * (self._high - self._low))
+        states, _ = self._pool.rollout(
+            self._models,
+            self._data if self._threads > 1 else self._data[0],
+            self._state,
+            control[:, None],
+            nstep=family.frame_skip,
+            skip_checks=False,
+        )
+        before = self._physics(self._state)
+        self._state = np.ascontiguousarray(states[:, -1])
+        after = self._physics(self._state)
+        late = self._physics(states[:, -2]) if family.frame_skip > 1 else before
+        self.observation = family.observe(after, late)
+        features = family.features(before, after, actions, control)
+        dense, sparse = family.rewards(self._task, self.observation, features)
+        return StepResult(self.observation, dense, sparse, family.terminated(after), features)
+
+    def render(self, row: int = 0) -> NDArray[np.uint8]:
+        """Return a picture of copy ``row``, uint8 [480, 480, 3].
+
+        Raises:
+            UserError: there is no OpenGL (EGL, OSMesa or a window system).
+        """
+        model = self._first if isinstance(self._models, mujoco.MjModel) else self._models[row]
+        data = mujoco.MjData(model)
+        mujoco.mj_setState(model, data, self._state[row], _STATE)
+        mujoco.mj_forward(model, data)
+        camera = mujoco.MjvCamera()
+        camera.type = mujoco.mjtCamera.mjCAMERA_TRACKING
+        camera.trackbodyid = 1
+        camera.distance = 0.8 * float(model.stat.extent) if model.stat.extent > 1 else 4.0
+        camera.elevation = -15.0
+        try:
+            with mujoco.Renderer(model, _PICTURE, _PICTURE) as renderer:
+                renderer.update_scene(data, camera)
+                return np.array(renderer.render())
+        except mujoco.FatalError as error:
+            raise UserError(f"no picture: MuJoCo found no OpenGL ({error}); try MUJOCO_GL=egl or osmesa") from None
+
+
+class MujocoEnv(gymnasium.Env[Any, Any]):
+    """The single form: a batch of one, with the Gymnasium interface."""
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}
+    family: ClassVar[type[MujocoFamily]]
+
+    def __init__(
+        self, task: Task | None = None, config: dict[str, Any] | None = None, render_mode: str | None = None
+    ) -> None:
+        self._family = self.family(parse(self.family.CONFIG, config, f"configuration of '{self.family.name}':"))
+        self.task = task if task is not None else self._family.sample(0, 1337)
+        self.render_mode = render_mode
+        self._batch = MujocoBatch(self._family, [self.task], 1, 1)
+        self.observation_space = spaces.Box(-np.inf, np.inf, (self._family.observation_size,), np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, (self._family.action_size,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
+        """Start an episode."""
+        super().reset(seed=seed)
+        return self._batch.reset([self.np_random])[0].copy(), {}
+
+    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        """Act once; ``info["sparse_reward"]`` is the sparse reward, ``info["features"]`` what rewards need."""
+        result = self._batch.step(np.asarray(action, dtype=np.float32)[None])
+        info = {"sparse_reward": float(result.sparse_reward[0]), "features": result.features[0].copy()}
+        terminated = bool(result.terminated[0])
+        return result.next_observation[0].copy(), float(result.reward[0]), terminated, False, info
+
+    def render(self) -> Any:
+        """Return a picture, uint8 [480, 480, 3]; None unless ``render_mode`` is ``rgb_array``."""
+        return self._batch.render() if self.render_mode == "rgb_array" else None
+
+
+class MujocoFamily(Family):
+    """A family on a MuJoCo model: what a file of one adds is its tasks, observation, features and reward."""
+
+    CONFIG: ClassVar[type[Config]] = MujocoConfig
+    xml: ClassVar[str]  # of Gymnasium's assets
+    frame_skip: ClassVar[int] = 5
+    horizon = 200
+    varies = "reward"
+    returns = "dense"
+    context_next_observation = False
+    capacity: int | None = None
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._motions: tuple[NDArray[np.bool_], Array, Array] | None = None
+
+    @property
+    def physics_config(self) -> MujocoConfig:
+        """The configuration, by its own type."""
+        if not isinstance(self.config, MujocoConfig):
+            raise TypeError(f"expected a MujocoConfig, got {type(self.config).__name__}")
+        return self.config
+
+    @property
+    def dt(self) -> float:
+        """Seconds of simulated time in a step."""
+        return float(load_model(self.xml).opt.timestep) * self.frame_skip
+
+    def model(self, task: Task) -> mujoco.MjModel:
+        """Return the model that ``task`` is simulated with: the same object for all, unless dynamics vary."""
+        return load_model(self.xml)
+
+    @abc.abstractmethod
+    def task_array(self, task: Task) -> Array:
+        """Return what the reward reads of ``task``, float32 [k]."""
+
+    @abc.abstractmethod
+    def observe(self, physics: Physics, late: Physics) -> Array:
+        """Return observations, float32 [B, observation_size].
+
+        Args:
+            physics: the states.
+            late: those one step of the simulator earlier (``physics`` itself at the start of an episode):
+                body positions that a binding reads after a step are those.
+        """
+
+    @abc.abstractmethod
+    def features(self, before: Physics, after: Physics, action: Array, control: Doubles) -> Array:
+        """Return what rewards are computed from, float32 [B, feature_size].
+
+        Args:
+            before: the states before the step.
+            after: after it.
+            action: agent scale, clipped, float32 [B, action_size].
+            control: what the actuators got, float64 [B, action_size].
+        """
+
+    @abc.abstractmethod
+    def dense(self, task: Array, next_observation: Array, features: Array) -> Array:
+        """Return dense rewards, float32 [N]; ``task`` is [N, k] or [1, k]. Elementwise over rows."""
+
+    def terminated(self, after: Physics) -> NDArray[np.bool_]:
+        """Return which copies have come to an end that is not the time limit's, bool [B]; none by default."""
+        return np.zeros(len(after.qpos), dtype=np.bool_)
+
+    def start(self, model: mujoco.MjModel, rng: np.random.Generator) -> Doubles:
+        """Return a start, float64 [nq + nv]: positions + U(-0.1, 0.1), velocities 0.1 N(0, 1)."""
+        qpos = model.qpos0 + rng.uniform(-0.1, 0.1, model.nq)
+        return np.concatenate([qpos, 0.1 * rng.standard_normal(model.nv)])
+
+    def rewards(self, task: Array, next_observation: Array, features: Array) -> tuple[Array, Array]:
+        """Return dense and sparse reward for rows of tasks, float32 [N] each."""
+        dense = self.dense(task, next_observation, features)
+        return dense, sparsify(dense, self.physics_config.sparse_threshold)
+
+    def reward(
+        self, task: Task, observation: Array, action: Array, next_observation: Array, features: Array
+    ) -> tuple[Array, Array]:
+        """Return dense and sparse reward, from the stored features."""
+        return self.rewards(self.task_array(task)[None], next_observation, features)
+
+    def batch(self, tasks: Sequence[Task], copies: int = 1, threads: int = 1) -> MujocoBatch:
+        """Return ``len(tasks) * copies`` copies, simulated on ``threads`` threads; the numbers are the same."""
+        return MujocoBatch(self, tasks, copies, threads)
+
+    def random_return(self, task: Task) -> float:
+        """Return the mean over 64 episodes of uniform random actions from a fixed stream."""
+        if self._motions is None or self.varies != "reward":
+            self._motions = self._random_motions(task)
+        alive, next_observation, features = self._motions
+        empty = np.zeros((len(alive), 0), dtype=np.float32)
+        rewards = self.reward(task, empty, empty, next_observation, features)
+        reported = rewards[self.returns == "sparse"].astype(np.float64)
+        return float((reported * alive).sum() / _FLOOR_EPISODES)
+
+    def _random_motions(self, task: Task) -> tuple[NDArray[np.bool_], Array, Array]:
+        """Return, for every step of random episodes: was it before the end, s', features. Rows of steps."""
+        rng = seeding.generator(0, self.name, "random floor")
+        env = self.batch([task], _FLOOR_EPISODES)
+        env.reset([seeding.generator(0, self.name, "random start", i) for i in range(_FLOOR_EPISODES)])
+        alive = np.ones(_FLOOR_EPISODES, dtype=np.bool_)
+        rows: list[tuple[NDArray[np.bool_], Array, Array]] = []
+        for _ in range(self.horizon):
+            result = env.step(rng.uniform(-1.0, 1.0, (_FLOOR_EPISODES, self.action_size)).astype(np.float32))
+            rows.append((alive.copy(), result.next_observation, result.features))
+            alive &= ~result.terminated
+        mask, observation, features = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+        return mask, observation, features
