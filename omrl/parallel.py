@@ -17,6 +17,7 @@ from typing import Any
 from omrl.errors import UserError, die_with_parent, explain
 from omrl.progress import Progress
 
+_LOOK_S = 0.5  # between looks at what workers report
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -54,6 +55,8 @@ def run_tasks(
     workers: int | None = None,
     description: str = "tasks",
     finished: int = 0,
+    units: Sequence[int] | None = None,
+    unit: str = "tasks",
 ) -> None:
     """Call ``function(*args)`` for every tuple in ``arguments``, several at a time, each in a worker process.
 
@@ -62,13 +65,16 @@ def run_tasks(
         arguments: one tuple per task.
         workers: processes; None for OMRL_WORKERS or the number of cores.
         description: shown with the progress.
-        finished: tasks of an earlier run, shown as done.
+        finished: units of an earlier run, shown as done.
+        units: of work in each tuple, where ``function`` reports them by ``advance``; None: one each, at its end.
+        unit: name of a unit, plural.
 
     Raises:
         UserError: the first one of a worker; tasks that have finished stay finished.
     """
     count = min(worker_count(workers), max(1, len(arguments)))
-    with Progress(len(arguments) + finished, description, "tasks") as progress:
+    total = len(arguments) if units is None else sum(units)
+    with Progress(total + finished, description, unit) as progress:
         if finished:
             progress.skip(finished)
         if not arguments:
@@ -76,7 +82,7 @@ def run_tasks(
         saved = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
         os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))  # read by the libraries when a worker starts
         try:
-            _run_pool(function, arguments, count, progress)
+            _run_pool(function, arguments, count, progress, units is not None)
         finally:
             for name, value in saved.items():
                 if value is None:
@@ -85,20 +91,45 @@ def run_tasks(
                     os.environ[name] = value
 
 
+def advance(n: int) -> None:
+    """Report ``n`` units of work done, in a worker; elsewhere nothing happens."""
+    if _reported is not None:
+        with _reported.get_lock():
+            _reported.value += n
+
+
+_reported: Any = None  # in a worker: the units that all workers have done
+
+
+def _start_worker(parent: int, reported: Any) -> None:
+    global _reported
+    die_with_parent(parent)
+    _reported = reported
+
+
 def _run_pool(
-    function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], count: int, progress: Progress
+    function: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    count: int,
+    progress: Progress,
+    reports: bool,
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, context, initializer=die_with_parent, initargs=(os.getpid(),))
+    reported, shown = context.Value("q", 0), 0
+    pool = ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(os.getpid(), reported))
     pending: set[Future[str | None]] = {pool.submit(_call, function, args) for args in arguments}
     try:
         while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            done, pending = wait(pending, _LOOK_S if reports else None, return_when=FIRST_COMPLETED)
+            if reports and reported.value > shown:
+                progress.advance(reported.value - shown)
+                shown = reported.value
             for future in done:
                 problem = future.result()
                 if problem is not None:
                     raise UserError(problem)
-                progress.advance()
+                if not reports:
+                    progress.advance()
     except BrokenProcessPool:
         raise UserError(
             "a worker process was killed (out of memory?); finished tasks are kept, run again, "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 from omrl.behavior.base import build_shard
-from omrl.behavior.sb3 import train_task
 from omrl.errors import run
 from stages.params import load
 
@@ -14,14 +14,19 @@ def main() -> None:
     """Write data/behavior/<shard>/."""
     (shard,) = sys.argv[1:]
     params = load("env", "env_config", "seed", "behavior")
+    engine = params.behavior.engine
     build_shard(
-        train_task,
+        importlib.import_module(f"omrl.behavior.{engine}").train,
         shard=shard,
         env=params.env,
         env_config=params.env_config,
         config=params.behavior,
         seed=params.seed,
-        code=["data/code/stages/behavior.json", f"data/code/envs/{params.env}.json"],
+        code=[
+            "data/code/stages/behavior.json",
+            f"data/code/engines/{engine}.json",
+            f"data/code/envs/{params.env}.json",
+        ],
         target=f"data/behavior/{shard}",
     )
 

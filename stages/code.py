@@ -1,10 +1,11 @@
-"""Write a fingerprint of the code of every stage, environment family and algorithm."""
+"""Write a fingerprint of the code of every stage, SAC engine, environment family and algorithm."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from omrl import registry
+from omrl.behavior.base import ENGINES
 from omrl.errors import UserError, run
 from omrl.files import atomic_dir, write_json
 from omrl.fingerprint import fingerprint
@@ -12,7 +13,7 @@ from stages.params import load
 
 
 def main() -> None:
-    """Write data/code/{stages,envs,algorithms}/<name>.json."""
+    """Write data/code/{stages,engines,envs,algorithms}/<name>.json."""
     params = load("repository", "algorithms")
     root = Path(params.repository).resolve()
     if Path(__file__).resolve().parents[1] != root:
@@ -27,6 +28,8 @@ def main() -> None:
                 write_json(folder / "stages" / f"{module}.json", fingerprint(f"stages.{module}"))
         for name in registry.names("omrl.envs"):
             write_json(folder / "envs" / f"{name}.json", fingerprint(f"omrl.envs.{name.replace('-', '_')}"))
+        for name in ENGINES:
+            write_json(folder / "engines" / f"{name}.json", fingerprint(f"omrl.behavior.{name}"))
         for name, entry in params.algorithms.items():
             module = entry.module(name).replace("-", "_")
             write_json(folder / "algorithms" / f"{name}.json", fingerprint(f"omrl.algorithms.{module}"))

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, field_validator, model_validator
 
 from omrl import seeding
 from omrl.config import Config
 from omrl.files import atomic_dir, canonical, input_hashes, read_json, scratch, write_manifest
-from omrl.parallel import run_tasks
 
 PROGRESS = "progress.csv"
+ENGINES = ("batched", "sb3")  # modules of this package
 _PACKAGES = ("gymnasium", "mujoco", "numpy", "stable_baselines3", "torch")
 
 
@@ -48,6 +49,12 @@ class SacConfig(Config):
     train_freq: Annotated[int, Field(ge=1)] = 1
     gradient_steps: Annotated[int, Field(ge=1)] = 1
 
+    def temperature(self) -> tuple[float, bool]:
+        """Return the initial temperature and whether it is learned."""
+        if isinstance(self.ent_coef, str):
+            return float(self.ent_coef.removeprefix("auto").removeprefix("_") or 1.0), True
+        return self.ent_coef, False
+
     @field_validator("ent_coef")
     @classmethod
     def _temperature(cls, value: str | float) -> str | float:
@@ -68,17 +75,23 @@ class BehaviorConfig(Config):
     """Section ``behavior``.
 
     Attributes:
-        engine: ``sb3``, one ``stable_baselines3.SAC`` process per task.
+        engine: ``sb3``, one ``stable_baselines3.SAC`` process per task, or ``batched``, all tasks as one stacked
+            computation: the same algorithm, several times faster, other random numbers.
         total_steps: environment steps per task.
         checkpoint_every: steps between checkpoints; divides ``total_steps``. Step 0, untrained, is kept too.
         horizon: steps of a training episode.
+        matmul: of the ``batched`` engine: ``float32``, or ``bfloat16`` factors with sums in float32, faster where
+            the processor has instructions for it; products are then off by about 0.2 %.
+        device: of the ``batched`` engine's networks: ``cpu``, or ``cuda``, where all tasks are one group.
         sac: hyperparameters.
     """
 
-    engine: Literal["sb3"] = "sb3"
+    engine: Literal["sb3", "batched"] = "sb3"
     total_steps: Annotated[int, Field(ge=1, le=10**8)] = 2000
     checkpoint_every: Annotated[int, Field(ge=1)] = 250
     horizon: Annotated[int, Field(ge=1)] = 200
+    matmul: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
     sac: SacConfig = SacConfig()
 
     @model_validator(mode="after")
@@ -97,6 +110,11 @@ class BehaviorConfig(Config):
             raise ValueError(
                 f"checkpoint_every = {self.checkpoint_every} is not a multiple of sac.train_freq = "
                 f"{self.sac.train_freq}: SB3 stops only between its collections of train_freq steps"
+            )
+        if self.engine == "sb3" and (self.matmul, self.device) != ("float32", "cpu"):
+            raise ValueError(
+                f"matmul = {self.matmul}, device = {self.device} with engine = sb3: expected float32 and cpu; only "
+                "the batched engine chooses"
             )
         return self
 
@@ -120,11 +138,62 @@ def behavior_seed(seed: int, env: str, task: int) -> int:
     return seeding.integer(seed, "behavior", env, task)
 
 
-TrainTask = Callable[[str, dict[str, Any], dict[str, Any], dict[str, Any], int, str], None]
+LOSSES = ("actor_loss", "critic_loss", "ent_coef")
+PROGRESS_HEADER = ",".join(["step", "gradient_steps", "return", *LOSSES])
+
+
+def progress_line(step: int, updates: int, values: Sequence[float]) -> str:
+    """Return a line of ``progress.csv``: mean return, then the ``LOSSES`` if there was an update."""
+    shown = [f"{value:.9g}" if math.isfinite(value) else "" for value in values]
+    shown += [""] * (1 + len(LOSSES) - len(shown))
+    return ",".join([str(step), str(updates), *shown])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One task to train a behavior policy for.
+
+    Attributes:
+        index: of the task.
+        task: its parameters.
+        seed: of this run.
+        folder: where the finished work goes, by one rename.
+    """
+
+    index: int
+    task: dict[str, Any]
+    seed: int
+    folder: str
+
+
+class Engine(Protocol):
+    """What a module ``omrl.behavior.<engine>`` has to offer as ``train``."""
+
+    def __call__(
+        self,
+        env: str,
+        env_config: dict[str, Any],
+        runs: list[Run],
+        config: BehaviorConfig,
+        work: Path,
+        description: str,
+        finished: int,
+    ) -> None:
+        """Train every run and publish its folder.
+
+        Args:
+            env: family name.
+            env_config: its configuration.
+            runs: what is left to do.
+            config: section ``behavior``.
+            work: folder for unfinished work, kept between runs with the same inputs.
+            description: shown with the progress.
+            finished: tasks of an earlier run.
+        """
 
 
 def build_shard(
-    train_task: TrainTask,
+    train: Engine,
     *,
     shard: str,
     env: str,
@@ -141,7 +210,7 @@ def build_shard(
     those of an uninterrupted run.
 
     Args:
-        train_task: the engine's function (env, env_config, task parameters, config, seed, folder).
+        train: the engine.
         shard: name; ``data/tasks/<shard>.json`` holds its tasks.
         env: family name.
         env_config: its configuration.
@@ -162,30 +231,23 @@ def build_shard(
         "code": input_hashes(*code),
     }
     with scratch("behavior", key, _PACKAGES) as work:
-        folders = {t["index"]: work / _scratch_name(t["index"], t["parameters"]) for t in tasks}
-        todo = [t for t in tasks if not folders[t["index"]].exists()]
-        run_tasks(
-            train_task,
-            [
-                (
-                    env,
-                    env_config,
-                    t["parameters"],
-                    resolved,
-                    behavior_seed(seed, env, t["index"]),
-                    str(folders[t["index"]]),
-                )
-                for t in todo
-            ],
-            description=f"behavior {shard}",
-            finished=len(tasks) - len(todo),
-        )
+        runs = [
+            Run(
+                t["index"],
+                t["parameters"],
+                behavior_seed(seed, env, t["index"]),
+                str(work / _scratch_name(t["index"], t["parameters"])),
+            )
+            for t in tasks
+        ]
+        todo = [run for run in runs if not Path(run.folder).exists()]
+        train(env, env_config, todo, config, work, f"behavior {shard}", len(runs) - len(todo))
         with atomic_dir(target) as folder:
             names: dict[str, int | None] = {}
             expected = [PROGRESS, *(checkpoint_name(step) for step in config.checkpoint_steps())]
-            for index, source in folders.items():
-                shutil.copytree(source, folder / task_folder(index))
-                names |= {f"{task_folder(index)}/{name}": None for name in expected}
+            for run in runs:
+                shutil.copytree(run.folder, folder / task_folder(run.index))
+                names |= {f"{task_folder(run.index)}/{name}": None for name in expected}
             write_manifest(
                 folder,
                 kind="behavior",
@@ -196,7 +258,7 @@ def build_shard(
                     "behavior": resolved,
                     "seed": seed,
                     "threads": 1,
-                    "run_seeds": {str(t["index"]): behavior_seed(seed, env, t["index"]) for t in tasks},
+                    "run_seeds": {str(run.index): run.seed for run in runs},
                 },
                 files=names,
                 packages=_PACKAGES,

@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,18 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.logger import Logger
 
 from omrl import seeding
-from omrl.behavior.base import PROGRESS, BehaviorConfig, checkpoint_name
+from omrl.behavior.base import (
+    LOSSES,
+    PROGRESS,
+    PROGRESS_HEADER,
+    BehaviorConfig,
+    Run,
+    checkpoint_name,
+    progress_line,
+)
 from omrl.envs.base import Family, Task, load_family
 from omrl.files import atomic_dir, atomic_path, package_versions, write_text
+from omrl.parallel import run_tasks
 
 _EVALUATION_EPISODES = 5
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
@@ -108,17 +118,57 @@ def train_task(
     behavior = BehaviorConfig.model_validate(config)
     model = make_model(family, task, behavior, seed)
     model.set_logger(Logger(folder=None, output_formats=[]))
-    rows = ["step,gradient_steps,return,actor_loss,critic_loss,ent_coef"]
+    rows = [PROGRESS_HEADER]
     with atomic_dir(folder) as work:
         for step in behavior.checkpoint_steps():
             if step:
                 model.learn(behavior.checkpoint_every, log_interval=sys.maxsize, reset_num_timesteps=False)
             save_checkpoint(model, work / checkpoint_name(step))
-            losses = (model.logger.name_to_value.get(f"train/{k}") for k in ("actor_loss", "critic_loss", "ent_coef"))
-            value = evaluate(model, family, task, seed)
-            shown = ["" if x is None or not math.isfinite(x) else f"{x:.9g}" for x in (value, *losses)]
-            rows.append(",".join([str(step), str(model._n_updates), *shown]))
+            losses = [model.logger.name_to_value.get(f"train/{name}") for name in LOSSES]
+            values = [evaluate(model, family, task, seed), *(math.nan if x is None else float(x) for x in losses)]
+            rows.append(progress_line(step, model._n_updates, values))
         write_text(work / PROGRESS, "\n".join(rows) + "\n")
+
+
+def train(
+    env: str,
+    env_config: dict[str, Any],
+    runs: list[Run],
+    config: BehaviorConfig,
+    work: Path,
+    description: str,
+    finished: int,
+) -> None:
+    """Train the tasks of ``runs``, one process each; see ``omrl.behavior.base.Engine``."""
+    resolved = config.resolved()
+    arguments = [(env, env_config, run.task, resolved, run.seed, run.folder) for run in runs]
+    run_tasks(train_task, arguments, description=description, finished=finished)
+
+
+def set_adam(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[torch.Tensor],
+    steps: int,
+    moments: dict[str, list[torch.Tensor]],
+) -> None:
+    """Give ``optimizer`` the state of Adam after ``steps`` steps.
+
+    Args:
+        optimizer: of an SB3 model.
+        parameters: its parameters.
+        steps: taken.
+        moments: ``exp_avg`` and ``exp_avg_sq`` of every parameter; empty before the first step.
+    """
+    for place, parameter in enumerate(parameters):
+        if moments:
+            state = {name: values[place].detach().cpu().clone() for name, values in moments.items()}
+            optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **state}
+
+
+def set_counters(model: SAC, step: int, updates: int, episodes: int) -> None:
+    """Tell ``model`` how far it has been trained elsewhere."""
+    model.num_timesteps = model._total_timesteps = step
+    model._n_updates, model._episode_num = updates, episodes
 
 
 def evaluate(model: SAC, family: Family, task: Task, seed: int) -> float:

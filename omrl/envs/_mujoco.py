@@ -119,6 +119,15 @@ class MujocoBatch(BatchEnv):
             self._place(chosen, np.stack([self._family.start(self._first, rng) for rng in rngs]))
         return self.observation
 
+    def get_state(self) -> Doubles:
+        """Return states and observations side by side, float64 [B, k]."""
+        return np.concatenate([self._state, self.observation], axis=1)
+
+    def set_state(self, state: Doubles) -> None:
+        """Go to where ``get_state`` was called."""
+        size = self._state.shape[1]
+        self._state, self.observation = state[:, :size].copy(), state[:, size:].astype(np.float32)
+
     def step(self, actions: Array) -> StepResult:
         """Apply the actions for ``frame_skip`` steps of the simulator.
 

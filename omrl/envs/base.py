@@ -51,6 +51,14 @@ class BatchEnv(abc.ABC):
         ``rngs`` has one stream for each copy that starts, where starts are random.
         """
 
+    def get_state(self) -> NDArray[np.float64]:
+        """Return what a step starts from, float64 [B, k]: the observations, where they are the state."""
+        return self.observation.astype(np.float64)
+
+    def set_state(self, state: NDArray[np.float64]) -> None:
+        """Go to where ``get_state`` was called."""
+        self.observation = state.astype(np.float32)
+
     @abc.abstractmethod
     def step(self, actions: Array) -> StepResult:
         """Apply agent-scale actions, float32 [B, action_size] in [-1, 1] (clipped)."""

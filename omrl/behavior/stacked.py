@@ -1,0 +1,247 @@
+"""Soft actor-critic for N independent tasks as one computation.
+
+The parameters of all tasks lie in one tensor per network, a layer is one batched matrix product, and one
+optimizer step serves all tasks. The gradients are written out: there is no graph to build, and what is not
+needed (the critics' weights in the actor's step, the target networks) is not computed.
+
+What is computed is an update of ``stable_baselines3.SAC.train`` (Haarnoja et al. 2018, Algorithm 1, with a
+learned temperature), in its order: temperature, critics, actor, targets. A test holds it against SB3 itself.
+A task's numbers do not depend on the other tasks: every operation is elementwise, a reduction inside the
+task's rows, or a batched product, whose entries are computed one by one. The last elements of a tensor may be
+rounded otherwise than those before, by instructions that take one at a time: parameters are padded, so that
+there are none such.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # as in stable_baselines3.sac.policies
+_SQUASH = 1e-6  # SB3's guard in the logarithm of 1 - a^2
+_BLOCK = 64  # floats, a multiple of what elementwise operations take at a time
+_HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+
+
+class Stack:
+    """M multilayer perceptrons of one shape with ReLU between the layers, one per row of ``flat``.
+
+    Args:
+        sizes: widths, input first.
+        count: M.
+        device: where the tensors live.
+
+    Attributes:
+        flat: [M, P], every network's parameters, layer by layer, weight [out, in] before bias, as PyTorch
+            orders them; zeros up to a multiple of 64.
+        grad: [M, P], what ``backward`` writes.
+    """
+
+    def __init__(self, sizes: Sequence[int], count: int, device: torch.device) -> None:
+        self.sizes = list(sizes)
+        width = sum(n * m + m for n, m in pairwise(sizes))
+        self.flat = torch.zeros(count, -(-width // _BLOCK) * _BLOCK, device=device)
+        self.grad = torch.zeros_like(self.flat)
+        self._layers = self.views(self.flat)
+        self._grads = self.views(self.grad)
+        self._memory: dict[tuple[int, str], list[Tensor]] = {}
+
+    def views(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return (weight [M, out, in], bias [M, out]) of every layer as views of ``flat`` [M, P]."""
+        layers, place = [], 0
+        for n, m in pairwise(self.sizes):
+            weight = flat[:, place : place + n * m].view(-1, m, n)
+            bias = flat[:, place + n * m : place + n * m + m]
+            layers.append((weight, bias))
+            place += n * m + m
+        return layers
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return [input, hidden..., output] for ``x`` [M, B, in]; hidden layers after their ReLU.
+
+        The tensors are overwritten by the next call with the same B.
+        """
+        values = [x]
+        for place, ((weight, bias), out) in enumerate(zip(self._layers, self._work(x.shape[1], "value"), strict=True)):
+            torch.bmm(x, weight.transpose(1, 2), out=out)
+            out.add_(bias.unsqueeze(1))
+            x = out.relu_() if place < len(self._layers) - 1 else out
+            values.append(x)
+        return values
+
+    def backward(self, values: list[Tensor], grad: Tensor) -> None:
+        """Write the parameters' gradients to ``grad``, for the gradient [M, B, out] of the output."""
+        for place in range(len(self._layers) - 1, -1, -1):
+            weight_grad, bias_grad = self._grads[place]
+            torch.bmm(grad.transpose(1, 2), values[place], out=weight_grad)
+            torch.sum(grad, 1, out=bias_grad)
+            if place:
+                grad = self._through(place, values, grad)
+
+    def input_grad(self, values: list[Tensor], grad: Tensor, first: int) -> Tensor:
+        """Return the gradient of input columns from ``first`` on, [M, B, in - first]."""
+        for place in range(len(self._layers) - 1, 0, -1):
+            grad = self._through(place, values, grad)
+        return torch.bmm(grad, self._layers[0][0][:, :, first:])
+
+    def _through(self, place: int, values: list[Tensor], grad: Tensor) -> Tensor:
+        """Return the gradient [M, B, in of layer ``place``] before the ReLU that made the layer's input."""
+        out = self._work(grad.shape[1], "grad")[place - 1]
+        weight = self._layers[place][0]
+        if grad.shape[2] == 1:
+            torch.mul(grad, weight, out=out)
+        else:
+            torch.bmm(grad, weight, out=out)
+        return torch.ops.aten.threshold_backward.grad_input(out, values[place], 0, grad_input=out)
+
+    def _work(self, batch: int, what: str) -> list[Tensor]:
+        """Return a tensor [M, batch, width] for every layer's output, the same ones every time."""
+        key = batch, what
+        if key not in self._memory:
+            self._memory[key] = [
+                torch.empty(len(self.flat), batch, width, device=self.flat.device) for width in self.sizes[1:]
+            ]
+        return self._memory[key]
+
+
+class StackedSac:
+    """Actors, twin critics, targets and temperatures of N tasks, with their optimizers.
+
+    Args:
+        observation_size: width of s.
+        action_size: width of a.
+        hidden: hidden layers of every network.
+        tasks: N.
+        learning_rate: of everything (Adam).
+        gamma: discount.
+        tau: rate of the targets.
+        temperature: its initial value.
+        learn_temperature: towards an entropy of minus ``action_size``.
+        device: where it is computed.
+    """
+
+    def __init__(
+        self,
+        observation_size: int,
+        action_size: int,
+        hidden: Sequence[int],
+        tasks: int,
+        *,
+        learning_rate: float,
+        gamma: float,
+        tau: float,
+        temperature: float,
+        learn_temperature: bool,
+        device: torch.device,
+    ) -> None:
+        self.observation_size, self.action_size, self.tasks = observation_size, action_size, tasks
+        self._gamma, self._tau, self._learns = gamma, tau, learn_temperature
+        self.actor = Stack([observation_size, *hidden, 2 * action_size], tasks, device)
+        critic = [observation_size + action_size, *hidden, 1]
+        self.critic = Stack(critic, 2 * tasks, device)  # row c * tasks + n: critic c of task n
+        self.target = Stack(critic, 2 * tasks, device)
+        # one number per task, in every column of a block
+        self.log_temperature = torch.full((tasks, _BLOCK), _log(temperature), device=device)
+        self.temperature_grad = torch.zeros_like(self.log_temperature)
+        self.optimizers = {}
+        for name, value, grad in (
+            ("actor", self.actor.flat, self.actor.grad),
+            ("critic", self.critic.flat, self.critic.grad),
+            ("temperature", self.log_temperature, self.temperature_grad),
+        ):
+            value.grad = grad
+            self.optimizers[name] = torch.optim.Adam([value], lr=learning_rate, fused=True)
+
+    @property
+    def row_size(self) -> int:
+        """Width of a replay row: s', s, a, reward, and 1 where the episode goes on."""
+        return 2 * self.observation_size + self.action_size + 2
+
+    def act(self, observation: Tensor, noise: Tensor | None) -> Tensor:
+        """Return actions [N, C, action_size] for observations [N, C, observation_size].
+
+        Args:
+            observation: C per task.
+            noise: standard normal, as the actions; None for the policies' modes.
+        """
+        output = self.actor.forward(observation)[-1]
+        mean, log_std = output.split(self.action_size, dim=2)
+        if noise is None:
+            return torch.tanh(mean)
+        return torch.tanh(mean + log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp() * noise)
+
+    def update(self, rows: Tensor, noise: Tensor, losses: bool = False) -> dict[str, Tensor]:
+        """Take one gradient step for every task.
+
+        Args:
+            rows: replay rows [N, B, row_size].
+            noise: standard normal [N, 2 B, action_size], of the actions at s, then at s'.
+            losses: return them too.
+
+        Returns:
+            ``actor_loss``, ``critic_loss`` and ``ent_coef`` per task [N], if asked for.
+        """
+        n, batch, _ = rows.shape
+        width, size = self.observation_size, self.action_size
+        following, observation = rows[..., :width], rows[..., width : 2 * width]
+        reward, going = rows[..., -2], rows[..., -1]
+
+        # the policy at s and at s'
+        values = self.actor.forward(torch.cat([observation, following], 1))
+        mean, raw = values[-1].split(size, dim=2)
+        log_std = raw.clamp(LOG_STD_MIN, LOG_STD_MAX)
+        spread = log_std.exp().mul_(noise)  # std * noise
+        action = (mean + spread).tanh_()
+        slope = 1 - action * action
+        guarded = slope + _SQUASH
+        log_prob = (-0.5 * noise * noise - log_std - guarded.log()).sum(2) - size * _HALF_LOG_TWO_PI
+        temperature = self.log_temperature.exp()[:, :1]
+        if self._learns:
+            # d/d log(alpha) of -log(alpha) (log pi + H), with H = -action_size
+            self.temperature_grad.copy_((size - log_prob[:, :batch]).mean(1, keepdim=True))
+            self.optimizers["temperature"].step()
+
+        # critics: towards r + gamma (min Q'(s', a') - alpha log pi)
+        ahead = self.target.forward(_twice(torch.cat([following, action[:, batch:]], 2)))[-1]
+        ahead = ahead.view(2, n, batch).amin(0) - temperature * log_prob[:, batch:]
+        goal = reward + going * (self._gamma * ahead)
+        judged = self.critic.forward(_twice(rows[..., width : 2 * width + size]))
+        error = judged[-1].view(2, n, batch) - goal
+        self.critic.backward(judged, (error / batch).view(2 * n, batch, 1))
+        self.optimizers["critic"].step()
+
+        # actor: down alpha log pi - min Q(s, a)
+        judged = self.critic.forward(_twice(torch.cat([observation, action[:, :batch]], 2)))
+        first, second = judged[-1].view(2, n, batch)
+        lower = (first <= second).to(first.dtype)
+        through = torch.stack([lower, 1 - lower]).mul_(-1 / batch).view(2 * n, batch, 1)
+        grad = self.critic.input_grad(judged, through, width).view(2, n, batch, size).sum(0)
+        action, slope, guarded = action[:, :batch], slope[:, :batch], guarded[:, :batch]
+        weight = (temperature / batch)[..., None]
+        grad_mean = grad * slope + weight * (2 * action * slope / guarded)
+        inside = (raw[:, :batch] >= LOG_STD_MIN) & (raw[:, :batch] <= LOG_STD_MAX)
+        grad_log_std = (grad_mean * spread[:, :batch] - weight) * inside
+        self.actor.backward([value[:, :batch] for value in values], torch.cat([grad_mean, grad_log_std], 2))
+        self.optimizers["actor"].step()
+
+        self.target.flat.lerp_(self.critic.flat, self._tau)
+        if not losses:
+            return {}
+        return {
+            "actor_loss": (temperature * log_prob[:, :batch] - torch.minimum(first, second)).mean(1),
+            "critic_loss": 0.5 * (error * error).mean(2).sum(0),
+            "ent_coef": temperature[:, 0],
+        }
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
+
+
+def _twice(x: Tensor) -> Tensor:
+    """Return ``x`` for both critics, [2 N, B, k]."""
+    return torch.cat([x, x])
