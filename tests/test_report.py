@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from omrl.datasets.parquet import write_table
 from omrl.envs.base import load_family
 from omrl.errors import UserError
 from omrl.files import write_json, write_manifest, write_text
-from omrl.report import ReportConfig, figures
+from omrl.report import ReportConfig, figures, scene
 from omrl.report.build import build_report
 from omrl.report.published import TABLES
 from omrl.report.tables import drop, load_evaluations, table_rows
@@ -147,7 +148,7 @@ def test_metrics_are_means_over_tasks_and_seeds(folder):
     assert cell["ci_low"] <= cell["mean"] <= cell["ci_high"]
     assert cell["n"] == 4
     assert cell["esr"] == 0.5
-    assert metrics["reference"] == {"oracle": 13.0, "random": 0.0}
+    assert metrics["reference"] == {"oracle": 13.0, "single-task SAC": 9.5, "random": 0.0}
 
 
 def test_the_table_has_published_numbers_drops_and_references(folder):
@@ -248,3 +249,20 @@ def test_published_numbers_are_the_papers():
         ("expert", "expert"), ("medium", "medium"), ("random", "random"), ("expert", "medium"),
         ("expert", "random"), ("medium", "expert"), ("medium", "random"),
     )] == [8.16, 8.44, 2.34, 7.12, 4.43, 8.25, 6.76]  # fmt: skip
+
+
+def test_the_environment_is_rendered_or_its_absence_told(folder, monkeypatch):
+    cheetah = load_family("half-cheetah-vel")
+    caption, png = scene.picture(cheetah, cheetah.sample(0, 0))
+    if png is None:
+        assert "no OpenGL" in caption
+    else:
+        assert png[:4] == b"\x89PNG"
+        assert struct.unpack(">II", png[16:24]) == (480, 480)
+        assert caption == f"The start of an episode of task 0: velocity {cheetah.sample(0, 0)['velocity']}."
+    assert scene.picture(FAMILY, FAMILY.sample(0, 0)) == ("", None)
+
+    failed = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    assert scene.picture(cheetah, cheetah.sample(0, 0))[1] is None
+    assert "no OpenGL" in scene.picture(cheetah, cheetah.sample(0, 0))[0]

@@ -222,6 +222,7 @@ class MujocoFamily(Family):
     varies = "reward"
     returns = "dense"
     context_next_observation = False
+    renders = True
     capacity: int | None = None
 
     def __init__(self, config: Config) -> None:
@@ -296,6 +297,12 @@ class MujocoFamily(Family):
     def batch(self, tasks: Sequence[Task], copies: int = 1, threads: int = 1) -> MujocoBatch:
         """Return ``len(tasks) * copies`` copies, simulated on ``threads`` threads; the numbers are the same."""
         return MujocoBatch(self, tasks, copies, threads)
+
+    def picture(self, task: Task) -> NDArray[np.uint8]:
+        """Return a picture of a start, uint8 [480, 480, 3]."""
+        batch = self.batch([task])
+        batch.reset([seeding.generator(0, self.name, "picture")])
+        return batch.render()
 
     def random_return(self, task: Task) -> float:
         """Return the mean over 64 episodes of uniform random actions from a fixed stream."""

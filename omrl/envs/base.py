@@ -77,6 +77,7 @@ class Family(abc.ABC):
     varies: ClassVar[str]  # "reward" or "dynamics": what tasks differ in
     returns: ClassVar[str]  # "dense" or "sparse": the return that the papers report
     context_next_observation: ClassVar[bool]  # does the context encoder see s'?
+    renders: ClassVar[bool] = False  # is there a simulator to look into?
     capacity: int | None  # how many tasks there are; None: no limit
 
     def __init__(self, config: Config) -> None:
@@ -151,6 +152,14 @@ class Family(abc.ABC):
     def plane(self, task: Task) -> dict[str, Any] | None:
         """Return what a picture of the plane shows of ``task`` ({"goal": [x, y], "radius": r}), None if nothing."""
         return None
+
+    def picture(self, task: Task) -> NDArray[np.uint8]:
+        """Return a rendered picture of the start of an episode, uint8 [height, width, 3].
+
+        Raises:
+            UserError: this family has none, or there is no OpenGL.
+        """
+        raise UserError(f"'{self.name}' has no rendered picture")
 
     def _check_index(self, index: int) -> None:
         if index < 0 or (self.capacity is not None and index >= self.capacity):

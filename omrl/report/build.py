@@ -13,7 +13,7 @@ from omrl.behavior.base import PROGRESS, task_folder
 from omrl.envs.base import Family
 from omrl.errors import UserError
 from omrl.files import MANIFEST, atomic_dir, input_hash, read_json, read_manifest, write_json, write_text
-from omrl.report import ReportConfig, figures, page, tables
+from omrl.report import ReportConfig, figures, page, scene, tables
 from omrl.report.published import TABLES
 
 
@@ -64,13 +64,17 @@ def _progress(shards: dict[str, list[int]]) -> dict[int, pd.DataFrame]:
 
 
 def _color_values(tasks: list[dict[str, Any]]) -> tuple[dict[int, float], str]:
-    """Return a number per task that pictures can colour by, and what it means: an angle where one varies."""
+    """Return a number per task that pictures can color by, and what it means: an angle or number that varies."""
     for key in ("goal", "wind"):
         values = [t["parameters"].get(key) for t in tasks]
         if all(v is not None and len(v) == 2 for v in values) and len({tuple(v) for v in values}) > 1:
             angles = np.degrees(np.arctan2([v[1] for v in values], [v[0] for v in values]))
             angles = np.round(angles, 6) % 360  # the end of a half circle is 180, not -180 by a rounding
             return {t["index"]: float(a) for t, a in zip(tasks, angles, strict=True)}, f"angle of the {key} (degrees)"
+    for key in tasks[0]["parameters"]:
+        numbers = [t["parameters"].get(key) for t in tasks]
+        if all(isinstance(v, int | float) for v in numbers) and len(set(numbers)) > 1:
+            return {t["index"]: float(v) for t, v in zip(tasks, numbers, strict=True)}, key
     return {t["index"]: float(t["index"]) for t in tasks}, "task index"
 
 
@@ -99,12 +103,14 @@ def _pictures(
     family: Family,
     tasks: list[dict[str, Any]],
     config: ReportConfig,
+    environment: tuple[str, bytes | None],
 ) -> list[page.Picture]:
     colors, meaning = _color_values(tasks)
     method = "principal components" if config.embedding == "pca" else "t-SNE"
     best = max(rows, key=lambda row: row.summary.mean).cell
     path = next(e for e in evaluations if e.cell == best)
     drawn: list[tuple[str, str, str, bytes | None]] = [
+        ("environment", "The environment", *environment),
         (
             "results",
             "Results with intervals",
@@ -165,7 +171,7 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
     cards = {name: read_json(Path("data/datasets") / name / "card.json") for name in plan["datasets"]}
     progress = _progress(plan["shards"])
     rows = tables.table_rows(evaluations, config)
-    references = tables.reference_rows(family, tasks)
+    references = tables.reference_rows(family, tasks, progress)
     behavior = tables.behavior_rows(cards)
     facts = {
         "env": env,
@@ -178,7 +184,8 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
         "protocol": evaluations[0].episodes["protocol"].iloc[0],
         "version": __version__,
     }
-    pictures = _pictures(rows, evaluations, references, cards, progress, family, tasks, config)
+    environment = scene.picture(family, tasks[0]["parameters"])
+    pictures = _pictures(rows, evaluations, references, cards, progress, family, tasks, config, environment)
     chain = lineage(evaluations)
     results = tables.results_frame(evaluations)
     target.mkdir(parents=True, exist_ok=True)
@@ -217,6 +224,7 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
         confidence=f"{config.confidence:.0%}",
         published=TABLES[config.published] if config.published else None,
         pictures=pictures,
+        remark=environment[0] if environment[1] is None else "",
         cards=cards,
         definitions={name: _definition(card) for name, card in cards.items()},
         chain=links,

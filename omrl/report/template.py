@@ -52,6 +52,8 @@ code { padding: 1px 4px; } pre { padding: 10px 14px; overflow-x: auto; }
 <figure><h3>{{ picture.title }}</h3><img src="{{ picture.uri }}" alt="{{ picture.title }}"><figcaption>{{ picture.caption }}</figcaption></figure>
 {% endfor %}
 
+{% if remark %}<p class="soft">{{ remark }}</p>{% endif %}
+
 <h2>Datasets</h2>
 <div class="scroll"><table>
 <tr><th class="t">dataset</th><th class="t">definition</th><th>transitions</th><th>episodes</th><th>behavior return</th><th>with sparse reward</th><th>dense reward, mean</th></tr>
