@@ -68,6 +68,11 @@ class HalfCheetahVelConfig(HalfCheetahConfig):
     task_list: Literal["focal", "macaw", "uniform"] = "focal"
 
 
+def task_scalar(value: float) -> Array:
+    """Return ``value`` as a task's array, float32 [1]."""
+    return np.array([value], dtype=np.float32)
+
+
 class HalfCheetah(MujocoFamily):
     """Observation and features of the half-cheetah families."""
 
@@ -125,7 +130,7 @@ class HalfCheetahVel(HalfCheetah):
 
     def task_array(self, task: Task) -> Array:
         """Return the velocity to run at."""
-        return np.array([task["velocity"]], dtype=np.float32)
+        return task_scalar(task["velocity"])
 
     def dense(self, task: Array, next_observation: Array, features: Array) -> Array:
         """Return -|v - v*| - control cost."""
