@@ -1,0 +1,74 @@
+"""The examples of the docs, taken from the pages and run."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import omrl.envs
+from omrl import registry
+from omrl.behavior import batched
+from omrl.behavior.base import BehaviorConfig, Run
+from omrl.behavior.checkpoints import load_actor
+from omrl.envs.base import load_family, register_all
+from omrl.rollouts import RolloutsConfig, rollout
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def code_of(page: str) -> str:
+    blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.M | re.S)
+    return max(blocks, key=len)
+
+
+@pytest.fixture
+def pendulum(tmp_path, monkeypatch):
+    (tmp_path / "pendulum_target.py").write_text(code_of("add-an-environment.md"), encoding="utf-8")
+    monkeypatch.setattr(omrl.envs, "__path__", [*omrl.envs.__path__, str(tmp_path)])
+    monkeypatch.setattr(omrl.envs.__spec__, "submodule_search_locations", omrl.envs.__path__)
+    yield load_family("pendulum-target")
+    sys.modules.pop("omrl.envs.pendulum_target")
+    gymnasium.registry.pop("OMRL/PendulumTarget-v0", None)
+
+
+def test_the_environment_of_the_page_works(pendulum, tmp_path):
+    assert "pendulum-target" in registry.names("omrl.envs")
+    register_all()
+    tasks = [pendulum.sample(i, 3) for i in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_env(pendulum.make(tasks[0]).unwrapped)
+    batch, single = pendulum.batch(tasks, 2), pendulum.batch(tasks[1:2])
+    batch.reset([np.random.default_rng(i) for i in range(6)])
+    observation = single.reset([np.random.default_rng(2)])
+    rng = np.random.default_rng(0)
+    for _ in range(pendulum.horizon):
+        actions = rng.uniform(-1.2, 1.2, (6, 1)).astype(np.float32)
+        many, one = batch.step(actions), single.step(actions[2:3])
+        np.testing.assert_array_equal(many.next_observation[2], one.next_observation[0])
+        again = pendulum.reward(tasks[1], observation, actions[2:3], one.next_observation, one.features)
+        np.testing.assert_array_equal(np.stack(again), np.stack([one.reward, one.sparse_reward]))
+        assert many.reward[2] == one.reward[0]
+        observation = one.next_observation
+    assert many.reward[0] != many.reward[4]
+    assert pendulum.oracle_return(tasks[0]) is None
+    assert -100 * np.pi < pendulum.random_return(tasks[0]) < -100
+
+    sac = {"net_arch": [32, 32], "learning_starts": 100, "gamma": 0.97}
+    config = BehaviorConfig(engine="batched", total_steps=3000, checkpoint_every=3000, horizon=100, sac=sac)
+    run = Run(0, {"angle": 0.0}, 0, str(tmp_path / "run"))
+    batched.train_group("pendulum-target", {}, [run], config.resolved(), str(tmp_path / "work"))
+    settings = RolloutsConfig(episodes_per_checkpoint=4, deterministic_episodes=0, horizon=100)
+    returns = {}
+    for step in (0, 3000):
+        actor = load_actor(tmp_path / f"run/step={step:06d}.zip")
+        _, episodes = rollout(actor, pendulum, run.task, index=0, checkpoint=step, config=settings, seed=0)
+        returns[step] = episodes["return"].mean()
+    assert returns[3000] > returns[0] + 50  # it learns to swing up
