@@ -25,7 +25,7 @@ import numpy as np
 from gymnasium import spaces
 from mujoco.rollout import Rollout
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from omrl import seeding
 from omrl.config import Config, parse
@@ -51,13 +51,53 @@ class MujocoConfig(Config):
 
     sparse_threshold: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
 
+    @field_validator("sparse_threshold")
+    @classmethod
+    def _divides(cls, value: float | None) -> float | None:
+        if value == 0:
+            raise ValueError("expected a number other than 0, by which Eq. 35 divides, or null")
+        return value
+
 
 @dataclass(frozen=True)
 class Physics:
-    """States of B copies, float64: positions [B, nq], velocities [B, nv]."""
+    """States of B copies, float64.
+
+    Attributes:
+        qpos: positions [B, nq].
+        qvel: velocities [B, nv].
+        derived: what the family derives from them [B, k], nothing for most.
+    """
 
     qpos: Doubles
     qvel: Doubles
+    derived: Doubles
+
+
+@dataclass(frozen=True)
+class Motion:
+    """A step of B copies.
+
+    The simulator computes positions of bodies and forces on the way through its own steps, and what a binding
+    reads from it after a step was computed for a ``late`` state. With the Euler integrator (half-cheetah) that
+    is the state one simulator step before ``before`` and ``after``; at the start of an episode, the start. With
+    Runge-Kutta (the others) it is the last stage, which lies where the step ends: the states themselves.
+
+    Attributes:
+        before: states before the step.
+        after: after it.
+        late_before: the late state of ``before``, with what the family derives.
+        late_after: that of ``after``.
+        action: agent scale, clipped, float32 [B, action_size].
+        control: what the actuators got, float64 [B, action_size].
+    """
+
+    before: Physics
+    after: Physics
+    late_before: Physics
+    late_after: Physics
+    action: Array
+    control: Doubles
 
 
 @cache
@@ -89,6 +129,9 @@ class MujocoBatch(BatchEnv):
         # float64: the control is what MuJoCo sees
         self._low, self._high = (np.array(bound) for bound in first.actuator_ctrlrange.T)
         self._state = np.zeros((rows, mujoco.mj_stateSize(first, _STATE)))
+        self._late = self._state.copy()
+        self._runge_kutta = first.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
+        self._derived = np.zeros((rows, family.derived_size))
         self._threads = min(threads, rows)
         self._data = [mujoco.MjData(first) for _ in range(max(self._threads, 1))]
         self._pool = Rollout(nthread=self._threads if self._threads > 1 else 0)
@@ -98,15 +141,32 @@ class MujocoBatch(BatchEnv):
         start[:, : first.nq] = first.qpos0
         self._place(np.arange(rows), start)
 
-    def _physics(self, state: Doubles) -> Physics:
+    def _physics(self, state: Doubles, derived: Doubles) -> Physics:
         nq, nv = self._first.nq, self._first.nv
-        return Physics(state[:, 1 : 1 + nq], state[:, 1 + nq : 1 + nq + nv])
+        return Physics(state[:, 1 : 1 + nq], state[:, 1 + nq : 1 + nq + nv], derived)
+
+    def _derive(self, rows: NDArray[np.intp], state: Doubles, control: Doubles) -> Doubles:
+        """Return what the family derives from ``state`` of copies ``rows``, [len(rows), derived_size]."""
+        found = np.zeros((len(rows), self._family.derived_size))
+        if self._family.derived_size:
+            data = self._data[0]
+            for place, row in enumerate(rows):
+                model = self._models if isinstance(self._models, mujoco.MjModel) else self._models[row]
+                mujoco.mj_setState(model, data, state[place], _STATE)
+                data.ctrl[:] = control[place]
+                data.qacc_warmstart[:] = 0.0
+                mujoco.mj_forward(model, data)
+                mujoco.mj_rnePostConstraint(model, data)
+                found[place] = self._family.derive(model, data)
+        return found
 
     def _place(self, rows: NDArray[np.intp], start: Doubles) -> None:
         """Put copies ``rows`` at positions and velocities ``start`` [len(rows), nq + nv], at rest otherwise."""
         self._state[rows] = 0.0
         self._state[rows, 1 : 1 + start.shape[1]] = start
-        physics = self._physics(self._state[rows])
+        self._late[rows] = self._state[rows]
+        self._derived[rows] = self._derive(rows, self._state[rows], np.zeros((len(rows), self._first.nu)))
+        physics = self._physics(self._state[rows], self._derived[rows])
         self.observation = self.observation.copy()
         self.observation[rows] = self._family.observe(physics, physics)
 
@@ -120,13 +180,15 @@ class MujocoBatch(BatchEnv):
         return self.observation
 
     def get_state(self) -> Doubles:
-        """Return states and observations side by side, float64 [B, k]."""
-        return np.concatenate([self._state, self.observation], axis=1)
+        """Return everything that a step starts from, side by side, float64 [B, k]."""
+        return np.concatenate([self._state, self._late, self._derived, self.observation], axis=1)
 
     def set_state(self, state: Doubles) -> None:
         """Go to where ``get_state`` was called."""
-        size = self._state.shape[1]
-        self._state, self.observation = state[:, :size].copy(), state[:, size:].astype(np.float32)
+        size, derived = self._state.shape[1], self._derived.shape[1]
+        parts = np.split(state, [size, 2 * size, 2 * size + derived], axis=1)
+        self._state, self._late, self._derived = (part.copy() for part in parts[:3])
+        self.observation = parts[3].astype(np.float32)
 
     def step(self, actions: Array) -> StepResult:
         """Apply the actions for ``frame_skip`` steps of the simulator.
@@ -147,12 +209,15 @@ class MujocoBatch(BatchEnv):
             nstep=family.frame_skip,
             skip_checks=False,
         )
-        before = self._physics(self._state)
-        self._state = np.ascontiguousarray(states[:, -1])
-        after = self._physics(self._state)
-        late = self._physics(states[:, -2]) if family.frame_skip > 1 else before
-        self.observation = family.observe(after, late)
-        features = family.features(before, after, actions, control)
+        none = self._derived[:, :0]
+        before, late_before = self._physics(self._state, none), self._physics(self._late, self._derived)
+        # the last simulator step's start, or its end
+        late = states[:, -1] if self._runge_kutta else states[:, -2] if family.frame_skip > 1 else self._state
+        self._state, self._late = np.ascontiguousarray(states[:, -1]), np.ascontiguousarray(late)
+        self._derived = self._derive(np.arange(len(late)), self._late, control)
+        after, late_after = self._physics(self._state, none), self._physics(self._late, self._derived)
+        self.observation = family.observe(after, late_after)
+        features = family.features(Motion(before, after, late_before, late_after, actions, control))
         dense, sparse = family.rewards(self._task, self.observation, features)
         return StepResult(self.observation, dense, sparse, family.terminated(after), features)
 
@@ -218,6 +283,7 @@ class MujocoFamily(Family):
     CONFIG: ClassVar[type[Config]] = MujocoConfig
     xml: ClassVar[str]  # of Gymnasium's assets
     frame_skip: ClassVar[int] = 5
+    derived_size: int = 0
     horizon = 200
     varies = "reward"
     returns = "dense"
@@ -255,20 +321,19 @@ class MujocoFamily(Family):
 
         Args:
             physics: the states.
-            late: those one step of the simulator earlier (``physics`` itself at the start of an episode):
-                body positions that a binding reads after a step are those.
+            late: what the simulator had computed bodies and forces for, see ``Motion``.
         """
 
     @abc.abstractmethod
-    def features(self, before: Physics, after: Physics, action: Array, control: Doubles) -> Array:
-        """Return what rewards are computed from, float32 [B, feature_size].
+    def features(self, motion: Motion) -> Array:
+        """Return what rewards are computed from, float32 [B, feature_size]."""
 
-        Args:
-            before: the states before the step.
-            after: after it.
-            action: agent scale, clipped, float32 [B, action_size].
-            control: what the actuators got, float64 [B, action_size].
+    def derive(self, model: mujoco.MjModel, data: mujoco.MjData) -> Doubles:
+        """Return what the simulator derives from a late state and this family needs, float64 [derived_size].
+
+        Called for every copy in turn where ``derived_size`` is above 0, which is slow.
         """
+        raise NotImplementedError
 
     @abc.abstractmethod
     def dense(self, task: Array, next_observation: Array, features: Array) -> Array:

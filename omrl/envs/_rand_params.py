@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from omrl import seeding
 from omrl.config import Config
-from omrl.envs._mujoco import Doubles, MujocoConfig, MujocoFamily, Physics, load_model
+from omrl.envs._mujoco import Doubles, Motion, MujocoConfig, MujocoFamily, Physics, load_model
 from omrl.envs.base import Array, Task
 
 LIMIT = 3.0  # of |u|
@@ -92,10 +92,10 @@ class RandParams(MujocoFamily):
         velocity = np.clip(physics.qvel, -_FASTEST, _FASTEST)
         return np.concatenate([physics.qpos[:, 1:], velocity], axis=1).astype(np.float32)
 
-    def features(self, before: Physics, after: Physics, action: Array, control: Doubles) -> Array:
+    def features(self, motion: Motion) -> Array:
         """Return velocity along x and control cost, float32 [B, 2]."""
-        velocity = (after.qpos[:, 0] - before.qpos[:, 0]) / self.dt
-        cost = np.float32(1e-3) * (action * action).sum(axis=1)
+        velocity = (motion.after.qpos[:, 0] - motion.before.qpos[:, 0]) / self.dt
+        cost = np.float32(1e-3) * (motion.action * motion.action).sum(axis=1)
         return np.stack([velocity, cost], axis=1).astype(np.float32)
 
     def dense(self, task: Array, next_observation: Array, features: Array) -> Array:

@@ -37,7 +37,7 @@ import numpy as np
 
 from omrl import seeding
 from omrl.config import Config
-from omrl.envs._mujoco import Doubles, MujocoConfig, MujocoEnv, MujocoFamily, Physics
+from omrl.envs._mujoco import Motion, MujocoConfig, MujocoEnv, MujocoFamily, Physics
 from omrl.envs._point import legacy_uniform
 from omrl.envs.base import Array, Task
 
@@ -97,10 +97,10 @@ class HalfCheetah(MujocoFamily):
             parts.append(np.stack([x, np.zeros_like(x), z], axis=1))
         return np.concatenate(parts, axis=1).astype(np.float32)
 
-    def features(self, before: Physics, after: Physics, action: Array, control: Doubles) -> Array:
+    def features(self, motion: Motion) -> Array:
         """Return velocity along x and control cost, float32 [B, 2]."""
-        velocity = (after.qpos[:, 0] - before.qpos[:, 0]) / self.dt
-        cost = CONTROL_COST * (action * action).sum(axis=1)
+        velocity = (motion.after.qpos[:, 0] - motion.before.qpos[:, 0]) / self.dt
+        cost = CONTROL_COST * (motion.action * motion.action).sum(axis=1)
         return np.stack([velocity, cost], axis=1).astype(np.float32)
 
 
