@@ -16,7 +16,7 @@ from omrl.datasets.parquet import read_footer, read_table, read_transitions, ver
 from omrl.datasets.schema import Columns, from_table
 from omrl.envs.base import Family
 from omrl.errors import UserError
-from omrl.files import atomic_dir, input_hashes, read_json, sha256, write_json, write_manifest
+from omrl.files import atomic_dir, input_hashes, read_json, read_manifest, sha256, write_json, write_manifest
 from omrl.progress import Progress
 from omrl.rollouts import EPISODES
 
@@ -145,8 +145,15 @@ def build_relabelled(
     tasks = read_json("data/tasks/all.json")["tasks"]
     source = Path("data/datasets") / config.source
     paths = verified(source, [task_file(t["index"]) for t in tasks])
-    parts = {t["index"]: read_transitions(path) for t, path in zip(tasks, paths, strict=True)}
-    merged = relabel.merge(parts, rows, relabel.merge_stream(seed, family.name, name))
+    indices = [t["index"] for t in tasks]
+    available = [read_manifest(source)["files"][path.name]["rows"] for path in paths]
+    merged = relabel.merge(
+        indices,
+        available,
+        (read_transitions(path) for path in paths),  # one at a time in memory
+        rows,
+        relabel.merge_stream(seed, family.name, name),
+    )
     checkpoints = {str(t["index"]): read_footer(path)["checkpoints"] for t, path in zip(tasks, paths, strict=True)}
     card = CardBuilder(name, "relabelled", config.resolved())
     with atomic_dir(target) as folder, Progress(len(tasks), f"relabel {name}", "tasks") as progress:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from omrl import seeding
-from omrl.behavior.base import checkpoint_name, task_folder
+from omrl.behavior.base import checkpoint_name, replay_name, task_folder
 from omrl.config import Config
-from omrl.datasets.parquet import read_table, verified, write_table, write_transitions
+from omrl.datasets.parquet import read_table, read_transitions, verified, write_table, write_transitions
 from omrl.datasets.schema import Columns, concatenate
 from omrl.envs.base import Family, Task, load_family
 from omrl.errors import UserError
@@ -31,12 +32,15 @@ class RolloutsConfig(Config):
     """Section ``rollouts``.
 
     Attributes:
+        source: ``checkpoints`` act anew; ``replay``: the transitions of the SAC runs themselves
+            (``behavior.keep_replay``), as MACAW's datasets are; then the other settings have no effect.
         steps: SAC steps of the checkpoints that act, or ``all``.
         episodes_per_checkpoint: with sampled actions.
         deterministic_episodes: with mean actions, numbered after the sampled ones.
         horizon: steps of an episode.
     """
 
+    source: Literal["checkpoints", "replay"] = "checkpoints"
     steps: Literal["all"] | list[int] = "all"
     episodes_per_checkpoint: Annotated[int, Field(ge=1, le=100_000)] = 50
     deterministic_episodes: Annotated[int, Field(ge=0, le=100_000)] = 1
@@ -177,6 +181,38 @@ def rollout(
     return columns, table
 
 
+def from_replay(parts: list[Columns], family: Family, index: int, seed: int) -> tuple[Columns, Columns]:
+    """Return the transitions of a SAC run, and one row per episode, from what behavior training kept.
+
+    Args:
+        parts: the kept transitions, in order.
+        family: environment.
+        index: task index.
+        seed: of the SAC run.
+    """
+    columns = concatenate(parts)
+    starts = np.flatnonzero(columns["step"] == 0)
+    lengths = np.diff(np.r_[starts, len(columns["step"])])
+    early = columns["step"] < family.horizon
+
+    def returns(name: str, rows: NDArray[np.bool_]) -> Any:
+        return np.add.reduceat(np.where(rows, columns[name].astype(np.float64), 0.0), starts)
+
+    every = np.ones_like(early)
+    table: Columns = {
+        "episode": columns["episode"][starts],
+        "task": np.full(len(starts), index, dtype=np.int32),
+        "checkpoint": columns["checkpoint"][starts],
+        "deterministic": np.zeros(len(starts), dtype=np.bool_),
+        "seed": np.full(len(starts), seed, dtype=np.int64),
+        "length": lengths.astype(np.int32),
+        "return": returns("sparse_reward" if family.returns == "sparse" else "reward", early),
+        "dense_return": returns("reward", every),
+        "sparse_return": returns("sparse_reward", every),
+    }
+    return columns, table
+
+
 def rollout_task(
     env: str,
     env_config: dict[str, Any],
@@ -186,6 +222,7 @@ def rollout_task(
     config: dict[str, Any],
     seed: int,
     checkpoints: str,
+    run_seed: int,
     folder: str,
 ) -> None:
     """Roll out a task's checkpoints and publish ``folder`` with its transitions and episode table."""
@@ -199,8 +236,10 @@ def rollout_task(
     transitions, episodes, hashes = [], [], {}
     for step in steps:
         path = Path(checkpoints) / checkpoint_name(step)
-        actor = load_actor(path)
         hashes[str(step)] = sha256(path)
+        if resolved.source == "replay":
+            continue
+        actor = load_actor(path)
         columns, table = rollout(
             actor,
             family,
@@ -212,6 +251,10 @@ def rollout_task(
         )
         transitions.append(columns)
         episodes.append(table)
+    if resolved.source == "replay":
+        kept = [read_transitions(Path(checkpoints) / replay_name(last)) for last in steps[1:]]
+        columns, table = from_replay(kept, family, index, run_seed)
+        transitions, episodes = [columns], [table]
     footer = {
         "environment": family.spec(),
         "task": task,
@@ -250,10 +293,14 @@ def build_shard(
     tasks_file, behavior = f"data/tasks/{shard}.json", Path("data/behavior") / shard
     tasks = read_json(tasks_file)["tasks"]
     inputs = input_hashes(tasks_file, behavior, *code)
-    trained = read_json(behavior / "manifest.json")["parameters"]["behavior"]
+    facts = read_json(behavior / "manifest.json")["parameters"]
+    trained = facts["behavior"]
     saved = range(0, trained["total_steps"] + 1, trained["checkpoint_every"])
     steps = config.checkpoint_steps(list(saved))
-    verified(behavior, [f"{task_folder(t['index'])}/{checkpoint_name(step)}" for t in tasks for step in steps])
+    names = [checkpoint_name(step) for step in steps]
+    if config.source == "replay":
+        names += [replay_name(last) for last in steps[1:]]
+    verified(behavior, [f"{task_folder(t['index'])}/{name}" for t in tasks for name in names])
     key = {"env": env, "env_config": env_config, "config": config.resolved(), "seed": seed, "inputs": inputs}
     with scratch("rollouts", key, _PACKAGES) as work:
         folders = {t["index"]: work / task_folder(t["index"]) for t in tasks}
@@ -270,6 +317,7 @@ def build_shard(
                     config.resolved(),
                     seed,
                     str(behavior / task_folder(t["index"])),
+                    facts["run_seeds"][str(t["index"])],
                     str(folders[t["index"]]),
                 )
                 for t in todo
@@ -278,13 +326,13 @@ def build_shard(
             finished=len(tasks) - len(todo),
         )
         with atomic_dir(target) as folder:
-            names: dict[str, int | None] = {}
+            rows: dict[str, int | None] = {}
             tables = []
             for index, source in folders.items():
                 name = f"{task_folder(index)}.parquet"
                 shutil.copyfile(source / "transitions.parquet", folder / name)
                 tables.append(read_table(source / EPISODES))
-                names[name] = int(np.sum(tables[-1].column("length").to_numpy()))
+                rows[name] = int(np.sum(tables[-1].column("length").to_numpy()))
             episodes = pa.concat_tables(tables)
             write_table(folder / EPISODES, episodes, {"environment": load_family(env, env_config).spec()})
             write_manifest(
@@ -298,6 +346,6 @@ def build_shard(
                     "seed": seed,
                     "threads": 1,
                 },
-                files={**names, EPISODES: episodes.num_rows},
+                files={**rows, EPISODES: episodes.num_rows},
                 packages=_PACKAGES,
             )

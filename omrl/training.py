@@ -19,7 +19,7 @@ from omrl.actor_critic import Transitions
 from omrl.algorithms.base import CONFIG as MODEL_CONFIG
 from omrl.algorithms.base import MODEL, BatchSizes, MetaAlgorithm, MetaBatch, Sizes, create, save_model
 from omrl.config import Config
-from omrl.datasets.buffer import TaskBuffers
+from omrl.datasets.buffer import ORDER, TaskBuffers
 from omrl.encoders import Context
 from omrl.errors import UserError
 from omrl.files import atomic_dir, atomic_path, input_hashes, read_json, scratch, write_manifest, write_text
@@ -78,16 +78,8 @@ class Sampler:
             device,
         )
         self._tasks = len(buffers.tasks)
-        parts = [
-            buffers.observation,
-            buffers.action,
-            buffers.reward[..., None],
-            buffers.next_observation,
-            buffers.terminal[..., None],
-            buffers.sparse_reward[..., None],
-        ]
-        self._widths = [part.shape[-1] for part in parts]
-        table = torch.cat([torch.from_numpy(part) for part in parts], dim=-1)
+        self._widths = [1 if getattr(buffers, n).ndim == 2 else getattr(buffers, n).shape[2] for n in ORDER]
+        table = torch.from_numpy(buffers.packed())
         self._table = table.reshape(self._tasks * self._rows, -1).to(device)
         self.generator = torch.Generator(device).manual_seed(seeding.integer(seed, "sampler"))
 

@@ -201,18 +201,20 @@ def check(path: str | Path = FILE) -> list[str]:
             f"{family.capacity}, the number of tasks '{top.env}' has"
         )
     _check_shards(top.shards, values.tasks, path)
+    if values.rollouts.source == "replay" and not values.behavior.keep_replay:
+        raise UserError(f"{path}: rollouts.source = replay: expected behavior.keep_replay = true, which keeps it")
     levels = importlib.import_module("omrl.datasets.quality")
     levels.check_levels(
         dataset.levels,
-        values.rollouts.checkpoint_steps(values.behavior.checkpoint_steps()),
-        values.rollouts.episodes_per_checkpoint * values.rollouts.horizon,
-        values.rollouts.deterministic_episodes * values.rollouts.horizon,
+        *_rolled_out(values.rollouts, values.behavior),
         dataset.transitions_per_task,
         where=f"{path}: dataset",
     )
-    if values.rollouts.horizon < family.horizon:
+    section = "behavior" if values.rollouts.source == "replay" else "rollouts"
+    horizon = getattr(values, section).horizon
+    if horizon < family.horizon:
         raise UserError(
-            f"{path}: rollouts.horizon = {values.rollouts.horizon}: expected at least {family.horizon}, the steps of "
+            f"{path}: {section}.horizon = {horizon}: expected at least {family.horizon}, the steps of "
             f"a test episode of '{top.env}', over which returns are normalized"
         )
     for name, entry in values.relabel.items():
@@ -243,6 +245,18 @@ def check(path: str | Path = FILE) -> list[str]:
         module = registry.load("omrl.algorithms", entry.module(name), "algorithm")
         parse(module.CONFIG, entry.overrides, f"{path}: algorithms.{name}")
     return [f"{stage}@{cell}" for stage, names in _cell_names(top, dataset).items() for cell in names]
+
+
+def _rolled_out(rollouts: Any, behavior: Any) -> tuple[list[int], int, int]:
+    """Return the checkpoints with rows, and the most rows of one with sampled and with mean actions."""
+    steps = rollouts.checkpoint_steps(behavior.checkpoint_steps())
+    if rollouts.source == "replay":
+        return steps[:-1], behavior.checkpoint_every + behavior.horizon, 0
+    return (
+        steps,
+        rollouts.episodes_per_checkpoint * rollouts.horizon,
+        rollouts.deterministic_episodes * rollouts.horizon,
+    )
 
 
 def _check_shards(shards: dict[str, list[int]], tasks: TasksConfig, path: str | Path) -> None:

@@ -80,6 +80,7 @@ class BehaviorConfig(Config):
         total_steps: environment steps per task.
         checkpoint_every: steps between checkpoints; divides ``total_steps``. Step 0, untrained, is kept too.
         horizon: steps of a training episode.
+        keep_replay: also keep every transition of the runs, for ``rollouts.source: replay``.
         matmul: of the ``batched`` engine: ``float32``, or ``bfloat16`` factors with sums in float32, faster where
             the processor has instructions for it; products are then off by about 0.2 %.
         device: of the ``batched`` engine's networks: ``cpu``, or ``cuda``, where all tasks are one group.
@@ -90,6 +91,7 @@ class BehaviorConfig(Config):
     total_steps: Annotated[int, Field(ge=1, le=10**8)] = 2000
     checkpoint_every: Annotated[int, Field(ge=1)] = 250
     horizon: Annotated[int, Field(ge=1)] = 200
+    keep_replay: bool = False
     matmul: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
     sac: SacConfig = SacConfig()
@@ -131,6 +133,11 @@ def task_folder(task: int) -> str:
 def checkpoint_name(step: int) -> str:
     """Return the file name of a checkpoint: ``step=000250.zip``."""
     return f"step={step:06d}.zip"
+
+
+def replay_name(last: int) -> str:
+    """Return the file name of the transitions up to environment step ``last``: ``replay=000250.parquet``."""
+    return f"replay={last:06d}.parquet"
 
 
 def behavior_seed(seed: int, env: str, task: int) -> int:
@@ -244,7 +251,10 @@ def build_shard(
         train(env, env_config, todo, config, work, f"behavior {shard}", len(runs) - len(todo))
         with atomic_dir(target) as folder:
             names: dict[str, int | None] = {}
-            expected = [PROGRESS, *(checkpoint_name(step) for step in config.checkpoint_steps())]
+            steps = config.checkpoint_steps()
+            expected = [PROGRESS, *map(checkpoint_name, steps)]
+            if config.keep_replay:
+                expected += map(replay_name, steps[1:])
             for run in runs:
                 shutil.copytree(run.folder, folder / task_folder(run.index))
                 names |= {f"{task_folder(run.index)}/{name}": None for name in expected}

@@ -35,6 +35,7 @@ from omrl.behavior.base import (
     progress_line,
     task_folder,
 )
+from omrl.behavior.replay import ReplayWriter
 from omrl.behavior.stacked import Stack, StackedSac
 from omrl.envs.base import Family, load_family
 from omrl.errors import UserError
@@ -150,6 +151,8 @@ class Group:
         }
         self.clock = _Clock(0, 0, np.zeros(count, np.int64), np.zeros(count, np.int64))
         self.losses: dict[str, Tensor] = {}
+        tasks = [run.index for run in runs]
+        self._kept = ReplayWriter(family, tasks, config.checkpoint_every) if config.keep_replay else None
 
     # ---------------------------------------------------------------- training
 
@@ -175,8 +178,11 @@ class Group:
             1,
         )
         self._replay[:, clock.step % self._capacity] = row.to(self._device)
+        late = clock.age + 1 >= self.config.horizon
+        if self._kept is not None:
+            self._kept.add(clock.step, clock.age, clock.episodes, before.numpy(), action.numpy(), result, late)
         clock.age += 1
-        ended = np.flatnonzero(result.terminated | (clock.age >= self.config.horizon))
+        ended = np.flatnonzero(result.terminated | late)
         if len(ended):
             self._env.reset([self._rngs[i] for i in ended], ended)
             clock.age[ended] = 0
@@ -209,6 +215,11 @@ class Group:
             total += alive * (result.sparse_reward if self.family.returns == "sparse" else result.reward)
             alive &= ~result.terminated
         return total.reshape(count, copies).mean(1)
+
+    def write_replay(self, folders: list[Path]) -> None:
+        """Write the transitions since the last checkpoint, if they are kept."""
+        if self._kept is not None and self.clock.step:
+            self._kept.write(folders, self.clock.step)
 
     # ------------------------------------------------------- SB3's checkpoints
 
@@ -362,9 +373,11 @@ def _keep(group: Group, folder: Path, step: int) -> None:
     """Save every task's checkpoint of ``step`` and its line of the learning curve."""
     returns = group.evaluate()
     losses = {name: value.cpu().numpy() for name, value in group.losses.items()}
-    for place, run in enumerate(group.runs):
-        own = folder / task_folder(run.index)
+    folders = [folder / task_folder(run.index) for run in group.runs]
+    for own in folders:
         own.mkdir(exist_ok=True)
+    group.write_replay(folders)
+    for place, (run, own) in enumerate(zip(group.runs, folders, strict=True)):
         group.save(place, own / checkpoint_name(step))
         values = [float(returns[place]), *(float(losses[k][place]) for k in LOSSES if k in losses)]
         if not all(map(math.isfinite, values)):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 from omrl import seeding
@@ -30,7 +31,8 @@ from omrl.behavior.base import (
     checkpoint_name,
     progress_line,
 )
-from omrl.envs.base import Family, Task, load_family
+from omrl.behavior.replay import ReplayWriter
+from omrl.envs.base import Family, StepResult, Task, load_family
 from omrl.files import atomic_dir, atomic_path, package_versions, write_text
 from omrl.parallel import run_tasks
 
@@ -101,7 +103,7 @@ def make_model(family: Family, task: Task, config: BehaviorConfig, seed: int) ->
 
 
 def train_task(
-    env: str, env_config: dict[str, Any], task: Task, config: dict[str, Any], seed: int, folder: str
+    env: str, env_config: dict[str, Any], task: Task, config: dict[str, Any], seed: int, folder: str, index: int = 0
 ) -> None:
     """Train one task's policy and publish ``folder`` with its checkpoints and ``progress.csv``.
 
@@ -112,22 +114,56 @@ def train_task(
         config: a resolved ``BehaviorConfig``.
         seed: of this run.
         folder: where the finished work goes, by one rename.
+        index: of the task, for kept transitions.
     """
     torch.set_num_threads(1)  # one and two threads give different weights
     family = load_family(env, env_config)
     behavior = BehaviorConfig.model_validate(config)
     model = make_model(family, task, behavior, seed)
     model.set_logger(Logger(folder=None, output_formats=[]))
+    kept = KeepReplay(family, index, behavior) if behavior.keep_replay else None
     rows = [PROGRESS_HEADER]
     with atomic_dir(folder) as work:
         for step in behavior.checkpoint_steps():
             if step:
-                model.learn(behavior.checkpoint_every, log_interval=sys.maxsize, reset_num_timesteps=False)
+                model.learn(
+                    behavior.checkpoint_every, callback=kept, log_interval=sys.maxsize, reset_num_timesteps=False
+                )
+                if kept is not None:
+                    kept.writer.write([work], step)
             save_checkpoint(model, work / checkpoint_name(step))
             losses = [model.logger.name_to_value.get(f"train/{name}") for name in LOSSES]
             values = [evaluate(model, family, task, seed), *(math.nan if x is None else float(x) for x in losses)]
             rows.append(progress_line(step, model._n_updates, values))
         write_text(work / PROGRESS, "\n".join(rows) + "\n")
+
+
+class KeepReplay(BaseCallback):
+    """Keeps every transition of a run."""
+
+    def __init__(self, family: Family, index: int, config: BehaviorConfig) -> None:
+        super().__init__()
+        self.writer = ReplayWriter(family, [index], config.checkpoint_every)
+        self._age, self._episode = np.zeros(1, np.int64), np.zeros(1, np.int64)
+
+    def _on_step(self) -> bool:
+        values, info = self.locals, self.locals["infos"][0]
+        before, ended = np.asarray(self.model._last_obs), bool(values["dones"][0])
+        late = ended and info["TimeLimit.truncated"]
+        following = info["terminal_observation"][None] if ended else values["new_obs"]
+        result = StepResult(
+            following,
+            values["rewards"],
+            np.array([info["sparse_reward"]], dtype=np.float32),
+            np.array([ended and not late]),
+            info.get("features", np.zeros(0, dtype=np.float32))[None],
+        )
+        action = values["buffer_actions"]
+        taken = self.num_timesteps - 1
+        self.writer.add(taken, self._age, self._episode, before, action, result, np.array([late]))
+        self._age = np.zeros(1, np.int64) if ended else self._age + 1
+        self._episode = self._episode + ended
+        return True
 
 
 def train(
@@ -141,7 +177,7 @@ def train(
 ) -> None:
     """Train the tasks of ``runs``, one process each; see ``omrl.behavior.base.Engine``."""
     resolved = config.resolved()
-    arguments = [(env, env_config, run.task, resolved, run.seed, run.folder) for run in runs]
+    arguments = [(env, env_config, run.task, resolved, run.seed, run.folder, run.index) for run in runs]
     run_tasks(train_task, arguments, description=description, finished=finished)
 
 

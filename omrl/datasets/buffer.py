@@ -1,4 +1,4 @@
-"""Datasets in memory: one contiguous float32 array per field, [tasks, rows, width]."""
+"""Datasets in memory: one float32 table [tasks, rows, width], held once, whose columns are the fields."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from omrl.datasets.parquet import read_transitions, verified
 from omrl.errors import UserError
 
 _COLUMNS = ["observation", "action", "reward", "sparse_reward", "next_observation", "terminated", "truncated"]
+# of the columns in a table, and so of what a draw yields
+ORDER = ("observation", "action", "reward", "next_observation", "terminal", "sparse_reward")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class TaskBuffers:
         observation, action, next_observation: float32 [tasks, rows, width].
         reward, sparse_reward: float32 [tasks, rows].
         terminal: float32 [tasks, rows], 1 where the target does not bootstrap.
+        table: float32 [tasks, rows, width], of which the others are columns; None where they are apart.
     """
 
     tasks: tuple[int, ...]
@@ -33,6 +36,7 @@ class TaskBuffers:
     sparse_reward: NDArray[np.float32]
     next_observation: NDArray[np.float32]
     terminal: NDArray[np.float32]
+    table: NDArray[np.float32] | None = None
 
     @property
     def rows(self) -> int:
@@ -52,19 +56,31 @@ class TaskBuffers:
             UserError: a file is missing or damaged, or tasks differ in their number of rows.
         """
         paths = verified(folder, [f"task={task:03d}.parquet" for task in tasks])
-        arrays: dict[str, NDArray[np.float32]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        fields: dict[str, NDArray[np.float32]] = {}
+        table = np.zeros((0, 0, 0), dtype=np.float32)
         for place, path in enumerate(paths):
             columns = read_transitions(path, _COLUMNS)
             terminal = columns.pop("terminated")
             truncated = columns.pop("truncated")
             columns["terminal"] = (terminal | truncated if time_limit_terminal else terminal).astype(np.float32)
             if not place:
-                shapes = {name: (len(tasks), *values.shape) for name, values in columns.items()}
-                arrays = {name: np.empty(shape, dtype=np.float32) for name, shape in shapes.items()}
+                shapes = {name: values.shape for name, values in columns.items()}
+                widths = {name: 1 if len(shape) == 1 else shape[1] for name, shape in shapes.items()}
+                table = np.empty((len(tasks), len(terminal), sum(widths[n] for n in ORDER)), dtype=np.float32)
+                fields = dict(zip(ORDER, np.split(table, np.cumsum([widths[n] for n in ORDER])[:-1], 2), strict=True))
             for name, values in columns.items():
-                if values.shape != arrays[name].shape[1:]:
+                if values.shape != shapes[name]:
                     raise UserError(
-                        f"{path}: column {name} is {values.shape}, expected {arrays[name].shape[1:]} as in {paths[0]}"
+                        f"{path}: column {name} is {values.shape}, expected {shapes[name]} as in {paths[0]}"
                     )
-                arrays[name][place] = values
-        return cls(tuple(tasks), **arrays)
+                fields[name][place] = values.reshape(len(values), -1)
+        scalars = {name: field[..., 0] for name, field in fields.items() if len(shapes[name]) == 1}
+        return cls(tuple(tasks), **{**fields, **scalars}, table=table)
+
+    def packed(self) -> NDArray[np.float32]:
+        """Return all columns side by side, as in ``ORDER``, float32 [tasks, rows, width]; no copy if loaded."""
+        if self.table is not None:
+            return self.table
+        parts = [getattr(self, name) for name in ORDER]
+        return np.concatenate([part if part.ndim == 3 else part[..., None] for part in parts], axis=2)

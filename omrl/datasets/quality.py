@@ -21,22 +21,29 @@ from omrl.errors import UserError
 
 
 class LevelConfig(Config):
-    """One quality level: either ``steps`` or ``band``.
+    """One quality level: ``steps``, ``band`` or ``part``.
 
     Attributes:
         steps: SAC steps of the checkpoints, or ``all``.
         band: [low, high] of a checkpoint's mean normalized return (0 random, 1 oracle), chosen per task.
+        part: [from, to] of the run, as fractions of its checkpoints in order: [0, 0.2] is its start, [0.8, 1] its
+            end (MACAW's data qualities are parts of the replay buffer).
         deterministic: also take episodes with mean actions.
     """
 
     steps: Literal["all"] | list[int] | None = None
     band: list[float] | None = None
+    part: list[float] | None = None
     deterministic: bool = False
 
     @model_validator(mode="after")
     def _one(self) -> LevelConfig:
-        if (self.steps is None) == (self.band is None):
-            raise ValueError("expected either steps (a list of SAC steps, or all) or band ([low, high])")
+        if sum(x is not None for x in (self.steps, self.band, self.part)) != 1:
+            raise ValueError(
+                "expected either steps (a list of SAC steps, or all) or band ([low, high]) or part ([from, to])"
+            )
+        if self.part is not None and (len(self.part) != 2 or not 0 <= self.part[0] < self.part[1] <= 1):
+            raise ValueError(f"part = {self.part}: expected [from, to] with 0 <= from < to <= 1")
         if self.band is not None and (len(self.band) != 2 or not self.band[0] <= self.band[1]):
             raise ValueError(f"band = {self.band}: expected [low, high] of normalized return with low <= high")
         if isinstance(self.steps, list) and (not self.steps or len(set(self.steps)) != len(self.steps)):
@@ -92,7 +99,13 @@ def check_levels(
         UserError: a step that is not rolled out, or more rows than there can be.
     """
     for name, level in levels.items():
-        steps = list(checkpoint_steps) if level.steps in ("all", None) else list(level.steps or ())
+        steps: list[int] = list(checkpoint_steps)
+        if isinstance(level.steps, list):
+            steps = level.steps
+        if level.part is not None:
+            steps = part_of(steps, level.part)
+            if not steps:
+                raise UserError(f"{where}.levels.{name}.part = {level.part}: no checkpoint lies in it; widen it")
         for step in steps:
             if step not in checkpoint_steps:
                 raise UserError(
@@ -105,6 +118,11 @@ def check_levels(
                 f"{where}.transitions_per_task = {transitions_per_task}: level '{name}' has at most {rows} per task; "
                 "raise rollouts.episodes_per_checkpoint or rollouts.horizon, or lower it"
             )
+
+
+def part_of(steps: Sequence[int], part: Sequence[float]) -> list[int]:
+    """Return the checkpoints in a part of the run: those at place i of n with from <= (i + 0.5)/n < to."""
+    return [step for place, step in enumerate(steps) if part[0] <= (place + 0.5) / len(steps) < part[1]]
 
 
 def _shown(steps: Sequence[int]) -> str:
@@ -136,6 +154,14 @@ def choose_checkpoints(name: str, level: LevelConfig, task: int, normalized: Map
                     f"{_shown(steps)}"
                 )
         return sorted(level.steps)
+    if level.part is not None:
+        chosen = part_of(steps, level.part)
+        if not chosen:
+            raise UserError(
+                f"params.yaml: dataset.levels.{name}.part = {level.part}: none of the checkpoints of task {task} lies "
+                f"in it; they are {_shown(steps)}"
+            )
+        return chosen
     low, high = level.band or (0.0, 0.0)
     found = [step for step in steps if low <= normalized[step] <= high]
     if not found:

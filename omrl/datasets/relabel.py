@@ -9,7 +9,7 @@ dense rewards are relabelled too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -77,24 +77,29 @@ def quotas(sources: int, rows: int, available: NDArray[Any], rng: np.random.Gene
     return share
 
 
-def merge(parts: Mapping[int, Columns], rows: int, rng_of: Callable[[str | int], np.random.Generator]) -> Columns:
-    """Return ``rows`` transitions of the merged support of all tasks, without favouring any.
+def merge(
+    tasks: Sequence[int],
+    available: Sequence[int],
+    parts: Iterable[Columns],
+    rows: int,
+    rng_of: Callable[[str | int], np.random.Generator],
+) -> Columns:
+    """Return ``rows`` transitions of the merged support of all tasks, without favoring any.
 
     Args:
-        parts: source task -> its transitions.
+        tasks: source tasks, rising.
+        available: transitions of each.
+        parts: the transitions of each, in the same order; taken one after the other.
         rows: size of the set.
         rng_of: name -> stream; ``"quota"`` and every source task have their own.
 
     Returns:
         Columns ordered by (source_task, checkpoint, episode, step); no transition twice.
     """
-    tasks = sorted(parts)
-    available = np.array([len(parts[t]["task"]) for t in tasks])
-    share = quotas(len(tasks), rows, available, rng_of("quota"))
+    share = quotas(len(tasks), rows, np.array(available), rng_of("quota"))
     chosen = []
-    for task, count in zip(tasks, share, strict=True):
-        rows_of_task = np.sort(rng_of(task).permutation(len(parts[task]["task"]))[:count])
-        chosen.append(take(parts[task], rows_of_task))
+    for task, count, part in zip(tasks, share, parts, strict=True):
+        chosen.append(take(part, np.sort(rng_of(task).permutation(len(part["task"]))[:count])))
     return sort(concatenate(chosen))
 
 
