@@ -12,8 +12,15 @@ from numpy.typing import NDArray
 from omrl.config import parse
 from omrl.datasets import quality, relabel
 from omrl.datasets.card import CardBuilder
-from omrl.datasets.parquet import read_footer, read_table, read_transitions, verified, write_transitions
-from omrl.datasets.schema import Columns, from_table
+from omrl.datasets.parquet import (
+    read_footer,
+    read_rows,
+    read_table,
+    read_transitions,
+    verified,
+    write_transitions,
+)
+from omrl.datasets.schema import KEY, Columns, from_table
 from omrl.envs.base import Family
 from omrl.errors import UserError
 from omrl.files import atomic_dir, input_hashes, read_json, read_manifest, sha256, write_json, write_manifest
@@ -81,7 +88,9 @@ def build_level(
                 checkpoints = quality.choose_checkpoints(name, level, task, normalized)
                 rng = quality.level_stream(seed, family.name, name, task)
                 what = f"level '{name}' of task {task}"
-                columns = quality.select(read_transitions(path), checkpoints, rows, level, rng, what)
+                known = read_transitions(path, [*KEY, "deterministic"])  # which rows; then only those are kept
+                known["row"] = np.arange(len(known["step"]))
+                columns = read_rows(path, quality.select(known, checkpoints, rows, level, rng, what)["row"])
                 footer = read_footer(path)
                 footer["parameters"] = {**footer["parameters"], "level": name, "definition": level.resolved()}
                 footer["checkpoints"] = {str(step): footer["checkpoints"][str(step)] for step in checkpoints}

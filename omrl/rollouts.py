@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from omrl import seeding
 from omrl.behavior.base import checkpoint_name, replay_name, task_folder
 from omrl.config import Config
-from omrl.datasets.parquet import read_table, read_transitions, verified, write_table, write_transitions
+from omrl.datasets.parquet import (
+    read_table,
+    read_transitions,
+    stream_transitions,
+    verified,
+    write_table,
+    write_transitions,
+)
 from omrl.datasets.schema import Columns, concatenate
 from omrl.envs.base import Family, Task, load_family
 from omrl.errors import UserError
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
     from omrl.behavior.checkpoints import Actor
 
 EPISODES = "episodes.parquet"
+_SMALL = ("checkpoint", "episode", "step", "reward", "sparse_reward")  # what the episode table needs
 _PACKAGES = ("mujoco", "numpy", "pyarrow", "torch")
 
 
@@ -33,14 +42,15 @@ class RolloutsConfig(Config):
 
     Attributes:
         source: ``checkpoints`` act anew; ``replay``: the transitions of the SAC runs themselves
-            (``behavior.keep_replay``), as MACAW's datasets are; then the other settings have no effect.
+            (``behavior.keep_replay``), as MACAW's datasets are; then ``steps`` is ``all`` and the rest has no effect.
         steps: SAC steps of the checkpoints that act, or ``all``.
         episodes_per_checkpoint: with sampled actions.
         deterministic_episodes: with mean actions, numbered after the sampled ones.
         horizon: steps of an episode.
     """
 
-    source: Literal["checkpoints", "replay"] = "checkpoints"
+    # the default is left out of what is recorded: files keep the bytes they had before there was a choice
+    source: Annotated[Literal["checkpoints", "replay"], Field(exclude_if=lambda x: x == "checkpoints")] = "checkpoints"
     steps: Literal["all"] | list[int] = "all"
     episodes_per_checkpoint: Annotated[int, Field(ge=1, le=100_000)] = 50
     deterministic_episodes: Annotated[int, Field(ge=0, le=100_000)] = 1
@@ -52,6 +62,14 @@ class RolloutsConfig(Config):
         if isinstance(value, list) and (not value or sorted(set(value)) != value):
             raise ValueError("expected 'all', or SAC steps in rising order")
         return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> RolloutsConfig:
+        if self.source == "replay" and self.steps != "all":
+            raise ValueError(
+                f"steps = {self.steps} with source = replay: expected all; dataset.levels.<name>.part chooses"
+            )
+        return self
 
     def checkpoint_steps(self, saved: list[int]) -> list[int]:
         """Return the steps that act, of those that behavior training saves.
@@ -181,36 +199,47 @@ def rollout(
     return columns, table
 
 
-def from_replay(parts: list[Columns], family: Family, index: int, seed: int) -> tuple[Columns, Columns]:
-    """Return the transitions of a SAC run, and one row per episode, from what behavior training kept.
+def from_replay(paths: Sequence[Path], target: Path, family: Family, index: int, seed: int, footer: Any) -> Columns:
+    """Write the transitions of a SAC run as one file, streamed, and return one row per episode.
+
+    The last episode is as long as the run let it be.
 
     Args:
-        parts: the kept transitions, in order.
+        paths: what behavior training kept, in order.
+        target: the file.
         family: environment.
         index: task index.
         seed: of the SAC run.
+        footer: of the file.
     """
-    columns = concatenate(parts)
+    known: list[Columns] = []
+
+    def parts() -> Iterator[Columns]:
+        for path in paths:
+            part = read_transitions(path)
+            known.append({name: part[name].copy() for name in _SMALL})
+            yield part
+
+    stream_transitions(target, parts(), footer)
+    columns = concatenate(known)
     starts = np.flatnonzero(columns["step"] == 0)
-    lengths = np.diff(np.r_[starts, len(columns["step"])])
     early = columns["step"] < family.horizon
 
     def returns(name: str, rows: NDArray[np.bool_]) -> Any:
         return np.add.reduceat(np.where(rows, columns[name].astype(np.float64), 0.0), starts)
 
     every = np.ones_like(early)
-    table: Columns = {
+    return {
         "episode": columns["episode"][starts],
         "task": np.full(len(starts), index, dtype=np.int32),
         "checkpoint": columns["checkpoint"][starts],
         "deterministic": np.zeros(len(starts), dtype=np.bool_),
         "seed": np.full(len(starts), seed, dtype=np.int64),
-        "length": lengths.astype(np.int32),
+        "length": np.diff(np.r_[starts, len(early)]).astype(np.int32),
         "return": returns("sparse_reward" if family.returns == "sparse" else "reward", early),
         "dense_return": returns("reward", every),
         "sparse_return": returns("sparse_reward", every),
     }
-    return columns, table
 
 
 def rollout_task(
@@ -233,28 +262,7 @@ def rollout_task(
     torch.set_num_threads(1)
     family = load_family(env, env_config)
     resolved = RolloutsConfig.model_validate(config)
-    transitions, episodes, hashes = [], [], {}
-    for step in steps:
-        path = Path(checkpoints) / checkpoint_name(step)
-        hashes[str(step)] = sha256(path)
-        if resolved.source == "replay":
-            continue
-        actor = load_actor(path)
-        columns, table = rollout(
-            actor,
-            family,
-            task,
-            index=index,
-            checkpoint=step,
-            config=resolved,
-            seed=seeding.integer(seed, "rollouts", env, index, step),
-        )
-        transitions.append(columns)
-        episodes.append(table)
-    if resolved.source == "replay":
-        kept = [read_transitions(Path(checkpoints) / replay_name(last)) for last in steps[1:]]
-        columns, table = from_replay(kept, family, index, run_seed)
-        transitions, episodes = [columns], [table]
+    hashes = {str(step): sha256(Path(checkpoints) / checkpoint_name(step)) for step in steps}
     footer = {
         "environment": family.spec(),
         "task": task,
@@ -262,8 +270,27 @@ def rollout_task(
         "parameters": {"rollouts": resolved.resolved(), "seed": seed},
     }
     with atomic_dir(folder) as work:
-        write_transitions(work / "transitions.parquet", concatenate(transitions), footer)
-        write_table(work / EPISODES, pa.table(concatenate(episodes)), {"environment": family.spec()})
+        target = work / "transitions.parquet"
+        if resolved.source == "replay":
+            kept = [Path(checkpoints) / replay_name(last) for last in steps[1:]]
+            table = from_replay(kept, target, family, index, run_seed, footer)
+        else:
+            transitions, episodes = [], []
+            for step in steps:
+                columns, table = rollout(
+                    load_actor(Path(checkpoints) / checkpoint_name(step)),
+                    family,
+                    task,
+                    index=index,
+                    checkpoint=step,
+                    config=resolved,
+                    seed=seeding.integer(seed, "rollouts", env, index, step),
+                )
+                transitions.append(columns)
+                episodes.append(table)
+            write_transitions(target, concatenate(transitions), footer)
+            table = concatenate(episodes)
+        write_table(work / EPISODES, pa.table(table), {"environment": family.spec()})
 
 
 def build_shard(

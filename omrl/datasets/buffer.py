@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,17 @@ from omrl.errors import UserError
 _COLUMNS = ["observation", "action", "reward", "sparse_reward", "next_observation", "terminated", "truncated"]
 # of the columns in a table, and so of what a draw yields
 ORDER = ("observation", "action", "reward", "next_observation", "terminal", "sparse_reward")
+
+
+IN_MEMORY = 6 << 30  # bytes; a larger table is mapped
+
+
+def _allocate(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return an array to fill: in memory, or mapped from a nameless file in TMPDIR, whose pages the system may drop."""
+    if 4 * math.prod(shape) <= IN_MEMORY:
+        return np.empty(shape, dtype=np.float32)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.float32, "w+", shape=shape)
 
 
 @dataclass(frozen=True)
@@ -67,7 +80,7 @@ class TaskBuffers:
             if not place:
                 shapes = {name: values.shape for name, values in columns.items()}
                 widths = {name: 1 if len(shape) == 1 else shape[1] for name, shape in shapes.items()}
-                table = np.empty((len(tasks), len(terminal), sum(widths[n] for n in ORDER)), dtype=np.float32)
+                table = _allocate((len(tasks), len(terminal), sum(widths[n] for n in ORDER)))
                 fields = dict(zip(ORDER, np.split(table, np.cumsum([widths[n] for n in ORDER])[:-1], 2), strict=True))
             for name, values in columns.items():
                 if values.shape != shapes[name]:

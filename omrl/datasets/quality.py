@@ -33,7 +33,8 @@ class LevelConfig(Config):
 
     steps: Literal["all"] | list[int] | None = None
     band: list[float] | None = None
-    part: list[float] | None = None
+    # left out of what is recorded when not given: footers keep the bytes they had before there was a choice
+    part: Annotated[list[float] | None, Field(exclude_if=lambda x: x is None)] = None
     deterministic: bool = False
 
     @model_validator(mode="after")
