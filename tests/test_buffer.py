@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from omrl.datasets import parquet
+from omrl import seeding
+from omrl.algorithms.base import BatchSizes
+from omrl.datasets import buffer, parquet
 from omrl.datasets.buffer import TaskBuffers
 from omrl.errors import UserError
 from omrl.files import write_manifest
+from omrl.training import Sampler
 
 VECTORS = {"observation": 3, "next_observation": 3, "action": 2}
 FIELDS = ["observation", "action", "reward", "sparse_reward", "next_observation"]
@@ -69,12 +73,11 @@ def test_buffers_hold_the_stored_numbers(folder):
             assert np.array_equal(getattr(buffers, name)[index].reshape(ROWS, -1), expected), (task, name)
 
 
-def test_arrays_are_contiguous_float32(folder):
+def test_arrays_are_float32_of_one_shape(folder):
     buffers = TaskBuffers.load(folder, [0, 1, 12], True)
     for name in (*FIELDS, "terminal"):
         array = getattr(buffers, name)
         assert array.dtype == np.float32, name
-        assert array.flags.c_contiguous, name
         assert array.shape[:2] == (3, ROWS), name
     assert buffers.observation.shape == (3, ROWS, 3)
     assert buffers.action.shape == (3, ROWS, 2)
@@ -146,3 +149,53 @@ def test_a_damaged_manifest_is_named(folder):
     (folder / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json"):
         TaskBuffers.load(folder, [0], False)
+
+
+def batches(buffers: TaskBuffers) -> list[torch.Tensor]:
+    """Return the tensors of three draws."""
+    sampler = Sampler(buffers, BatchSizes(meta_batch=4, transitions=8, context=6), True, 3, torch.device("cpu"))
+    found: list[torch.Tensor] = []
+    for _ in range(3):
+        batch = sampler.draw()
+        found += [batch.tasks, *vars(batch.context).values(), *vars(batch.transitions).values()]
+    return found
+
+
+def test_batches_are_those_of_stacked_columns(folder):
+    """The numbers that published results were trained on: one generator, tasks first, then rows of each."""
+    tasks = [0, 1, 12]
+    found = batches(TaskBuffers.load(folder, tasks))
+    columns = {name: torch.from_numpy(np.stack([make(t)[name] for t in tasks])) for name in (*FIELDS, "terminated")}
+    generator = torch.Generator().manual_seed(seeding.integer(3, "sampler"))
+    expected: list[torch.Tensor] = []
+    for _ in range(3):
+        drawn = torch.randint(3, (4,), generator=generator)
+        rows = torch.randint(ROWS, (4, 8), generator=generator)
+        context = torch.randint(ROWS, (4, 6), generator=generator)
+
+        def of(name: str, rows: torch.Tensor, drawn: torch.Tensor = drawn) -> torch.Tensor:
+            return columns[name][drawn[:, None], rows].float()
+
+        expected += [drawn, *(of(n, context) for n in ("observation", "action", "sparse_reward", "next_observation"))]
+        expected += [of(n, rows) for n in ("observation", "action", "reward", "next_observation", "terminated")]
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_mapped_table_gives_the_same_batches(folder, monkeypatch):
+    held = TaskBuffers.load(folder, [0, 1, 12])
+    monkeypatch.setattr(buffer, "IN_MEMORY", 100)
+    mapped = TaskBuffers.load(folder, [0, 1, 12])
+    assert isinstance(mapped.table, np.memmap)
+    assert not isinstance(held.table, np.memmap)
+    for ours, theirs in zip(batches(mapped), batches(held), strict=True):
+        assert torch.equal(ours, theirs)
+    assert np.array_equal(mapped.observation, held.observation)
+
+
+def test_a_table_is_held_once(folder):
+    buffers = TaskBuffers.load(folder, [0, 1])
+    assert buffers.packed() is buffers.table
+    for name in (*FIELDS, "terminal"):
+        assert np.shares_memory(getattr(buffers, name), buffers.table), name

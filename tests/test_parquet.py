@@ -274,3 +274,22 @@ def test_damage_to_other_tables_is_named(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"episodes\.parquet"):
         parquet.read_table(path)
+
+
+def test_streamed_parts_and_chosen_rows_are_the_rows(tmp_path, monkeypatch):
+    """Rows across row groups, first and last ones, and groups without any."""
+    parts = [make(rows, seed=rows) for rows in (7, 30, 1, 12)]
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    monkeypatch.setattr(parquet, "_ROW_GROUP", 10)
+    path = tmp_path / "a.parquet"
+    parquet.stream_transitions(path, iter(parts), {"x": 1})
+    assert parquet.read_footer(path)["x"] == 1
+    again = parquet.read_transitions(path)
+    assert all(np.array_equal(again[name], whole[name]) for name in whole)
+    for rows in ([0], [49], [0, 6, 7, 16, 17, 37, 49], list(range(50)), [20, 21]):
+        found = parquet.read_rows(path, np.array(rows))
+        assert list(found) == list(again)
+        assert all(np.array_equal(found[name], whole[name][rows]) for name in whole), rows
+    first = path.read_bytes()
+    parquet.stream_transitions(path, iter(parts), {"x": 1})
+    assert path.read_bytes() == first

@@ -150,6 +150,16 @@ def test_checkpoints_by_step_by_all_and_by_band():
     assert choose_checkpoints("a", LevelConfig(band=[0.5, 0.9]), 4, NORMALIZED) == [250, 500]
 
 
+def test_checkpoints_by_part_of_the_run():
+    for part, expected in (([0, 0.3], [0]), ([0.3, 0.5], [250]), ([0.5, 1], [500]), ([0, 1], STEPS)):
+        assert choose_checkpoints("a", parse(LevelConfig, {"part": part}, "x"), 4, NORMALIZED) == expected
+
+
+def test_a_part_without_a_checkpoint_is_refused_before_any_work():
+    with pytest.raises(UserError, match=r"^params\.yaml: dataset\.levels\.mine\.part = \[0\.4, 0\.6\]: no checkpoint"):
+        check(LevelConfig(part=[0.4, 0.6]), 10)
+
+
 def test_a_step_without_rollouts_is_named():
     with pytest.raises(UserError, match=r"dataset\.levels\.medium\.steps.*300.*0, 250, 500"):
         choose_checkpoints("medium", LevelConfig(steps=[300]), 4, NORMALIZED)
@@ -173,6 +183,7 @@ def check(level: LevelConfig, rows: int) -> None:
         (LevelConfig(steps="all", deterministic=True), 180),
         (LevelConfig(steps=[250]), 50),
         (LevelConfig(band=[0.0, 1.0]), 150),
+        (LevelConfig(part=[0.3, 1.0]), 100),
     ],
 )
 def test_what_the_rollouts_cannot_give_is_refused_before_any_work(level, most):
@@ -197,6 +208,10 @@ def test_a_level_of_a_step_that_is_not_rolled_out_is_refused_before_any_work():
         {"steps": [0.5]},
         {"band": [0.9, 0.1]},
         {"band": [0.1]},
+        {"part": [0.5, 0.5]},
+        {"part": [0.1]},
+        {"part": [-0.1, 1.0]},
+        {"part": [0.0, 1.0], "band": [0.0, 1.0]},
         {"band": [float("nan"), 1.0]},
         {"steps": [0], "detreministic": True},
     ],

@@ -1,164 +1,310 @@
-"""The transitions of the SAC runs as data: both engines, true to the environment, cut into parts."""
+"""Replay as data: every transition of the SAC runs, as it happened, from behavior training to a trained model."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import itertools
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 
 from omrl.behavior import batched, sb3
-from omrl.behavior.base import BehaviorConfig, Run, build_shard, replay_name
+from omrl.behavior.base import BehaviorConfig, Run, replay_name
+from omrl.behavior.replay import ReplayWriter
 from omrl.config import parse
-from omrl.cutting import build_level
-from omrl.datasets.parquet import read_table, read_transitions
-from omrl.datasets.quality import LevelConfig
-from omrl.datasets.schema import keys
-from omrl.envs.base import load_family
+from omrl.datasets.parquet import read_footer, read_transitions
+from omrl.datasets.quality import part_of
+from omrl.datasets.schema import TYPES, concatenate, keys
+from omrl.envs.base import StepResult, load_family
 from omrl.errors import UserError
-from omrl.files import write_json
-from omrl.rollouts import EPISODES, RolloutsConfig
-from omrl.rollouts import build_shard as build_rollouts
+from omrl.files import read_json
+from omrl.lineage import _row
+from omrl.rollouts import RolloutsConfig, from_replay
 from stages import params
 
 ROOT = Path(__file__).resolve().parents[1]
-ENGINES = {"sb3": sb3.train, "batched": batched.train}
-SAC = {"net_arch": [8], "batch_size": 8, "learning_starts": 30}
+PARTS = {"start": [0, 0.34], "middle": [0.34, 0.67], "end": [0.67, 1]}
+TINY = {"net_arch": [8], "batch_size": 8, "learning_starts": 20}
 
 
-def config(engine: str, **values) -> BehaviorConfig:
-    settings = {"engine": engine, "total_steps": 120, "checkpoint_every": 40, "horizon": 25, "keep_replay": True}
-    return BehaviorConfig.model_validate(settings | {"sac": SAC} | values)
+def smoke(**changes) -> dict:
+    """Return the params of pipelines/smoke with the replay as data."""
+    values = yaml.safe_load((ROOT / "pipelines/smoke/params.yaml").read_text())
+    values["repository"] = str(ROOT)
+    values["behavior"] |= {"keep_replay": True, "checkpoint_every": 50}
+    values["rollouts"] = {"source": "replay"}
+    levels = {name: {"part": part} for name, part in PARTS.items()}
+    values["relabel"]["relabelled"]["source"] = "start"
+    values["meta_train"] |= {"steps": 20}
+    values["dataset"] |= {"train": ["end", "relabelled"], "test": ["end"], "transitions_per_task": 40, "levels": levels}
+    for section, value in changes.items():
+        values[section] |= value
+    return values
 
 
-@pytest.fixture
-def shard(tmp_path, monkeypatch):
-    """Return a function that trains and rolls out a shard of three tasks with an engine."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMRL_WORKERS", "1")
+def check(folder: Path, **changes) -> list[str]:
+    (folder / "params.yaml").write_text(yaml.safe_dump(smoke(**changes)))
+    return params.check(folder / "params.yaml")
 
-    def build(engine: str, env: str) -> tuple[Path, Path]:
-        family = load_family(env)
-        rows = [
-            {"index": i, "parameters": family.sample(i, 0), "random_return": 0.0, "oracle_return": None}
-            for i in range(3)
-        ]
-        write_json("data/tasks/all.json", {"tasks": rows})
-        write_json("data/tasks/s.json", {"tasks": [{k: r[k] for k in ("index", "parameters")} for r in rows]})
-        write_json("data/code/c.json", {})
-        settings = config(engine)
-        build_shard(
-            ENGINES[engine], shard="s", env=env, env_config={}, config=settings, seed=0, code=["data/code/c.json"],
-            target="data/behavior/s",
-        )  # fmt: skip
-        build_rollouts(
-            shard="s", env=env, env_config={}, config=RolloutsConfig(source="replay"), seed=0,
-            code=["data/code/c.json"], target="data/rollouts/s",
-        )  # fmt: skip
-        return tmp_path / "data/behavior/s", tmp_path / "data/rollouts/s"
 
-    return build
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The smoke pipeline on replay, every stage run in this process."""
+    folder = tmp_path_factory.mktemp("replay")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("OMRL_WORKERS", "1")
+        check(folder)
+        cells = ["plan", "code", "tasks"]
+        cells += [f"{stage} {shard}" for stage in ("behavior", "rollouts") for shard in ("000-003", "004-005")]
+        cells += [*(f"dataset {level}" for level in PARTS), "relabel relabelled"]
+        cells += ["meta_train focal end 0", "evaluate focal end end 0"]
+        for cell in cells:
+            stage, *arguments = cell.split()
+            patch.setattr(sys, "argv", [stage, *arguments])
+            importlib.import_module(f"stages.{stage}").main()
+    return folder
+
+
+def shard_of(task: int) -> str:
+    return "000-003" if task < 4 else "004-005"
+
+
+def rollouts_of(folder: Path, task: int) -> Path:
+    return folder / f"data/rollouts/{shard_of(task)}/task={task:03d}.parquet"
+
+
+def test_the_whole_run_is_there_in_order(built):
+    for task in (0, 5):
+        columns = read_transitions(rollouts_of(built, task))
+        assert {name: values.dtype for name, values in columns.items()} == {n: np.dtype(t) for n, t in TYPES.items()}
+        assert columns["episode"].tolist() == np.repeat(np.arange(10), 20).tolist()
+        assert columns["step"].tolist() == list(range(20)) * 10
+        # the last checkpoint before the episode began
+        assert columns["checkpoint"].tolist() == np.repeat([0, 0, 0, 50, 50, 100, 100, 100, 150, 150], 20).tolist()
+        assert columns["truncated"].tolist() == ([False] * 19 + [True]) * 10
+        assert set(columns["task"].tolist()) == set(columns["source_task"].tolist()) == {task}
+        assert not columns["deterministic"].any()
+        assert len(np.unique(keys(columns), axis=0)) == 200
+
+
+@pytest.mark.parametrize("task", [0, 5])
+def test_acting_again_gives_the_recorded_rows(built, task):
+    columns = read_transitions(rollouts_of(built, task))
+    family = load_family("sparse-point-robot", smoke()["env_config"])
+    parameters = read_json(built / "data/tasks/all.json")["tasks"][task]["parameters"]
+    env = family.make(parameters, 20)
+    for row in range(200):
+        if columns["step"][row] == 0:
+            observation, _ = env.reset()
+        np.testing.assert_array_equal(observation, columns["observation"][row])
+        observation, reward, terminated, truncated, info = env.step(columns["action"][row])
+        np.testing.assert_array_equal(observation, columns["next_observation"][row])
+        assert np.float32(reward) == columns["reward"][row]
+        assert np.float32(info["sparse_reward"]) == columns["sparse_reward"][row]
+        assert (terminated, truncated) == (columns["terminated"][row], columns["truncated"][row])
+
+
+def test_parts_of_a_run_are_apart_and_lie_in_it(built):
+    for task in range(6):
+        run = {tuple(key) for key in keys(read_transitions(rollouts_of(built, task)))}
+        parts = []
+        for name, steps in {"start": [0, 50], "middle": [100], "end": [150]}.items():
+            columns = read_transitions(built / f"data/datasets/{name}/task={task:03d}.parquet")
+            assert set(columns["checkpoint"].tolist()) == set(steps)
+            parts.append({tuple(key) for key in keys(columns)})
+            assert len(parts[-1]) == 40
+        assert len(set.union(*parts)) == 120
+        assert set.union(*parts) <= run
+
+
+@pytest.mark.parametrize("count", [3, 4, 10, 101])
+@pytest.mark.parametrize("cuts", [[0, 0.34, 0.67, 1], [0, 0.2, 0.8, 1], [0, 0.1, 0.3, 0.7, 1]])
+def test_adjoining_parts_cover_every_checkpoint_once(count, cuts):
+    steps = list(range(0, 50 * count, 50))
+    found = [step for ends in itertools.pairwise(cuts) for step in part_of(steps, ends)]
+    assert found == steps
+
+
+@pytest.mark.parametrize("dataset", ["start", "end", "relabelled"])
+def test_a_row_goes_back_to_its_run(built, dataset):
+    pipeline = SimpleNamespace(folder=built)
+    for row in (0, 17, 39):
+        facts = _row(pipeline, f"data/datasets/{dataset}/task=001.parquet", row)
+        assert facts["problems"] == []
+        assert len(facts["rollout"]["rows"]) == 1
+        assert facts["checkpoint_file"]["path"].endswith(f"step={facts['checkpoint']:06d}.zip")
+        seeds = read_json(built / f"data/behavior/{shard_of(facts['source_task'])}/manifest.json")["parameters"]
+        assert facts["sb3_run"]["seed"] == seeds["run_seeds"][str(facts["source_task"])]
+
+
+def test_a_model_is_trained_and_evaluated_on_it(built):
+    curve = (built / "data/models/focal/end/0/curve.csv").read_text().splitlines()
+    assert len(curve) == 3
+    assert (built / "data/evaluations/focal/end/end/0/episodes.parquet").is_file()
+    recorded = read_footer(rollouts_of(built, 0))
+    assert recorded["parameters"]["rollouts"]["source"] == "replay"
+    assert set(recorded["checkpoints"]) == {"0", "50", "100", "150", "200"}
+
+
+# ------------------------------------------------------------------ the engines
+
+
+def settings(engine: str, **values) -> BehaviorConfig:
+    return BehaviorConfig(engine=engine, total_steps=120, checkpoint_every=30, horizon=15, sac=TINY, **values)
+
+
+def trained(engine: str, folder: Path, config: BehaviorConfig, env: str = "hopper-rand-params") -> list[Path]:
+    """Train tasks, two where they are one computation; return their folders."""
+    family = load_family(env)
+    folder.mkdir(exist_ok=True)
+    runs = [Run(i, family.sample(i, 0), 7 + i, str(folder / f"done-{i}")) for i in range(1 + (engine == "batched"))]
+    if engine == "batched":
+        batched.train_group(env, {}, runs, config.resolved(), str(folder / "work"))
+    else:
+        for run in runs:
+            sb3.train_task(env, {}, run.task, config.resolved(), run.seed, run.folder, run.index)
+    return [Path(run.folder) for run in runs]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def kept(folder: Path) -> dict[str, np.ndarray]:
+    return concatenate([read_transitions(folder / replay_name(last)) for last in (30, 60, 90, 120)])
 
 
 @pytest.mark.parametrize("engine", ["sb3", "batched"])
-@pytest.mark.parametrize("env", ["half-cheetah-vel", "hopper-rand-params", "sparse-point-robot"])
-def test_the_kept_transitions_are_what_happened(engine, env, shard):
-    family = load_family(env)
-    behavior, rollouts = shard(engine, env)
-    for task in range(3):
-        parts = [read_transitions(behavior / f"task={task:03d}" / replay_name(last)) for last in (40, 80, 120)]
-        assert [len(part["task"]) for part in parts] == [40, 40, 40]
-        columns = read_transitions(rollouts / f"task={task:03d}.parquet")
-        assert len(columns["task"]) == 120
-        key = keys(columns)
-        assert len(np.unique(key, axis=0)) == 120
-        np.testing.assert_array_equal(key, key[np.lexsort(key.T[::-1])])  # in the file's order
-        assert set(columns["source_task"].tolist()) == set(columns["task"].tolist()) == {task}
+def test_an_engine_keeps_what_happened_and_trains_as_without(engine, tmp_path):
+    with_it = trained(engine, tmp_path / "with", settings(engine, keep_replay=True))
+    without = trained(engine, tmp_path / "without", settings(engine))
+    for index, (folder, other) in enumerate(zip(with_it, without, strict=True)):
+        found = hashes(folder)
+        assert {n: h for n, h in found.items() if not n.startswith("replay")} == hashes(other)
+        assert [n for n in found if n.startswith("replay")] == [replay_name(last) for last in (30, 60, 90, 120)]
+        columns = kept(folder)
+        assert len(columns["step"]) == 120
+        assert set(columns["task"].tolist()) == {index}
         ended = columns["terminated"] | columns["truncated"]
+        assert columns["terminated"].any()  # hoppers fall over
         assert not (columns["terminated"] & columns["truncated"]).any()
-        following = columns["step"][1:] == 0
-        np.testing.assert_array_equal(ended[:-1], following)
-        assert (columns["step"][columns["truncated"]] == 24).all()
-        inner = ~ended[:-1]
-        np.testing.assert_array_equal(columns["observation"][1:][inner], columns["next_observation"][:-1][inner])
-        assert not np.array_equal(columns["observation"][1:][~inner], columns["next_observation"][:-1][~inner])
-        assert (np.abs(columns["action"]) <= 1).all()
-        dense, sparse = family.reward(
-            family.sample(task, 0), columns["observation"], columns["action"], columns["next_observation"],
-            columns["reward_features"],
-        )  # fmt: skip
+        assert (columns["step"][columns["truncated"]] == 14).all()
+        inner = np.flatnonzero(~ended[:-1])
+        assert np.array_equal(columns["next_observation"][inner], columns["observation"][inner + 1])
+        broken = np.flatnonzero(ended[:-1])
+        assert not (columns["next_observation"][broken] == columns["observation"][broken + 1]).all(axis=1).any()
+        assert np.array_equal(columns["episode"], np.r_[0, np.cumsum(ended)[:-1]])
+        assert np.array_equal(np.diff(columns["step"]) == 1, ~ended[:-1])
+        family = load_family("hopper-rand-params")
+        dense, _ = family.reward(
+            family.sample(index, 0),
+            *(columns[n] for n in ("observation", "action", "next_observation", "reward_features")),
+        )
         np.testing.assert_array_equal(dense, columns["reward"])
-        np.testing.assert_array_equal(sparse, columns["sparse_reward"])
-        began = np.maximum.accumulate(np.where(columns["step"] == 0, np.arange(120), 0))
-        np.testing.assert_array_equal(columns["checkpoint"], began // 40 * 40)
-    table = read_table(rollouts / EPISODES).to_pandas()
-    assert table.groupby("task")["length"].sum().tolist() == [120, 120, 120]
-    first = table[table["task"] == 0].iloc[0]
-    columns = read_transitions(rollouts / "task=000.parquet")
-    rows = columns["episode"] == 0
-    reported = columns["sparse_reward" if family.returns == "sparse" else "reward"]
-    early = rows & (columns["step"] < family.horizon)
-    assert first["return"] == pytest.approx(reported[early].astype(np.float64).sum(), abs=1e-9)
-    assert first["dense_return"] == pytest.approx(columns["reward"][rows].astype(np.float64).sum(), abs=1e-9)
 
 
-def test_parts_of_the_run_are_disjoint_and_cover_it(shard, tmp_path):
-    shard("batched", "half-cheetah-vel")
-    family, found = load_family("half-cheetah-vel"), {}
-    thirds = {"start": [0, 0.333], "middle": [0.333, 0.667], "end": [0.667, 1]}
-    for name, part in thirds.items():
-        build_level(
-            name=name, level=LevelConfig(part=part), rows=15, family=family, seed=0, shards={"s": [0, 2]},
-            code=["data/code/c.json"], target=f"data/datasets/{name}",
-        )  # fmt: skip
-        columns = read_transitions(tmp_path / f"data/datasets/{name}/task=001.parquet")
-        found[name] = set(columns["checkpoint"].tolist())
-    assert found == {"start": {0}, "middle": {40}, "end": {80}}
-    whole = read_transitions(tmp_path / "data/rollouts/s/task=001.parquet")
-    assert set(whole["checkpoint"].tolist()) == set().union(*found.values())
+def test_an_interrupted_group_keeps_the_same_replay(tmp_path, monkeypatch):
+    config = settings("batched", keep_replay=True)
+    whole = trained("batched", tmp_path / "whole", config)
+    monkeypatch.setattr(batched, "_SNAPSHOT_S", 0.0)
+    advance = batched.Group.advance
+
+    def stop(self) -> None:
+        if self.clock.step == 77:
+            raise KeyboardInterrupt
+        advance(self)
+
+    monkeypatch.setattr(batched.Group, "advance", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trained("batched", tmp_path / "killed", config)
+    monkeypatch.setattr(batched.Group, "advance", advance)
+    again = trained("batched", tmp_path / "killed", config)
+    assert [hashes(folder) for folder in again] == [hashes(folder) for folder in whole]
 
 
-def test_a_task_of_a_shard_without_kept_transitions_is_as_before(tmp_path):
-    family = load_family("point-robot")
-    for keep in (True, False):
-        (tmp_path / str(keep)).mkdir()
-        run = Run(0, family.sample(0, 0), 3, str(tmp_path / str(keep) / "run"))
-        settings = config("batched", keep_replay=keep).resolved()
-        batched.train_group("point-robot", {}, [run], settings, str(tmp_path / "work"))
-    kept, plain = ({p.name: p.read_bytes() for p in (tmp_path / k / "run").iterdir()} for k in ("True", "False"))
-    assert set(kept) - set(plain) == {replay_name(last) for last in (40, 80, 120)}
-    assert plain == {name: kept[name] for name in plain}
+def test_an_interrupted_sb3_run_leaves_nothing_and_ends_the_same(tmp_path, monkeypatch):
+    config = settings("sb3", keep_replay=True)
+    whole = trained("sb3", tmp_path / "whole", config)
+    save = sb3.save_checkpoint
+
+    def stop(model, path) -> None:
+        if model.num_timesteps == 90:
+            raise KeyboardInterrupt
+        save(model, path)
+
+    monkeypatch.setattr(sb3, "save_checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trained("sb3", tmp_path / "killed", config)
+    assert not (tmp_path / "killed/done-0").exists()
+    monkeypatch.setattr(sb3, "save_checkpoint", save)
+    again = trained("sb3", tmp_path / "killed", config)
+    assert [hashes(folder) for folder in again] == [hashes(folder) for folder in whole]
+
+
+# ------------------------------------------------- the writer and the episode table
+
+
+def test_episodes_are_counted_across_files(tmp_path):
+    """Episodes of 7 steps in files of 10: one that crosses a boundary is one episode."""
+    family = load_family("sparse-point-robot")
+    writer = ReplayWriter(family, [3], 10)
+    rewards = np.random.default_rng(0).standard_normal(30).astype(np.float32)
+    zero = np.zeros((1, 2), dtype=np.float32)
+    for taken in range(30):
+        value = rewards[taken : taken + 1]
+        result = StepResult(zero, value, 2 * value, np.array([False]), np.zeros((1, 0), dtype=np.float32))
+        age, episode = np.array([taken % 7]), np.array([taken // 7])
+        writer.add(taken, age, episode, zero, zero, result, age == 6)
+        if taken % 10 == 9:
+            writer.write([tmp_path], taken + 1)
+    paths = [tmp_path / replay_name(last) for last in (10, 20, 30)]
+    table = from_replay(paths, tmp_path / "all.parquet", family, 3, 5, {"environment": {}})
+    assert table["length"].tolist() == [7, 7, 7, 7, 2]
+    assert table["episode"].tolist() == [0, 1, 2, 3, 4]
+    assert table["checkpoint"].tolist() == [0, 0, 10, 20, 20]
+    sums = [rewards[start : start + 7].astype(np.float64).sum() for start in range(0, 30, 7)]
+    np.testing.assert_allclose(table["dense_return"], sums, rtol=1e-12)
+    np.testing.assert_allclose(table["return"], 2 * np.array(sums), rtol=1e-12)
+    np.testing.assert_array_equal(read_transitions(tmp_path / "all.parquet")["reward"], rewards)
+
+
+# ----------------------------------------------------------------------- params
+
+
+def test_the_params_of_replay_are_sound(tmp_path):
+    assert "dataset@start" in check(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rollouts": {"source": "replay"}}, r"rollouts\.source = replay: expected behavior\.keep_replay = true"),
-        (
-            {"rollouts": {"source": "replay"}, "behavior": {"keep_replay": True, "horizon": 10}},
-            r"behavior\.horizon = 10: expected at least 20",
-        ),
-        ({"rollouts": {"source": "buffer"}}, r"rollouts\.source = 'buffer': expected 'checkpoints' or 'replay'"),
-        ({"dataset": {"levels": {"start": {"part": [0.5, 0.2]}}}}, r"part = \[0\.5, 0\.2\]: expected \[from, to\]"),
-        ({"dataset": {"levels": {"start": {"part": [0, 0.2], "steps": "all"}}}}, "expected either steps"),
+        ({"behavior": {"keep_replay": False}}, r"rollouts\.source = replay: expected behavior\.keep_replay = true"),
+        ({"rollouts": {"source": "replays"}}, r"rollouts\.source = 'replays': expected 'checkpoints' or 'replay'"),
+        ({"rollouts": {"steps": [100, 200]}}, r"rollouts.*steps = \[100, 200\] with source = replay: expected all"),
+        ({"behavior": {"horizon": 10}}, r"behavior\.horizon = 10: expected at least 20"),
+        ({"behavior": {"keep_replay": "yes"}}, r"behavior\.keep_replay = 'yes': expected a valid bool"),
+        ({"dataset": {"levels": {"end": {"part": [0.9, 0.8]}}}}, r"levels\.end.*part = \[0\.9, 0\.8\]: expected"),
+        ({"dataset": {"levels": {"end": {"part": [0.8, 1.1]}}}}, r"levels\.end.*part = \[0\.8, 1\.1\]: expected"),
+        ({"dataset": {"levels": {"end": {"part": [0.8, 1]}}}}, r"levels\.end\.part = \[0\.8, 1\.0\]: no checkpoint"),
+        ({"dataset": {"levels": {"end": {"part": [0, 1], "steps": "all"}}}}, r"levels\.end.*expected either steps"),
+        ({"dataset": {"levels": {"end": {"steps": [200]}}}}, r"levels\.end\.steps has 200: no such checkpoint"),
     ],
 )
-def test_impossible_params_are_refused_in_one_line(changes, message, tmp_path):
-    values = yaml.safe_load((ROOT / "pipelines/smoke/params.yaml").read_text())
-    values["repository"] = str(ROOT)
-    for section, entries in changes.items():
-        values[section] |= entries
-    if "levels" not in changes.get("dataset", {}):
-        values["dataset"]["levels"] = {"start": {"steps": "all"}}
-    values["dataset"] |= {"train": ["start"], "test": ["start"], "transitions_per_task": 100}
-    values["relabel"] = {}
-    path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(values))
-    with pytest.raises(UserError, match=message):
-        params.check(path)
+def test_a_mistake_about_replay_is_one_line(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        check(tmp_path, **changes)
+    assert "\n" not in str(caught.value)
 
 
-def test_a_level_without_checkpoints_is_refused():
-    with pytest.raises(UserError, match="expected either steps"):
-        parse(LevelConfig, {}, "params.yaml: dataset.levels.x")
+def test_what_is_not_used_is_not_recorded():
+    """Published files record their parameters: a new choice must not change those that were made without it."""
+    assert "keep_replay" not in BehaviorConfig().resolved()
+    assert "source" not in RolloutsConfig().resolved()
+    assert BehaviorConfig(keep_replay=True).resolved()["keep_replay"] is True
+    assert parse(RolloutsConfig, {"source": "replay"}, "x").resolved()["source"] == "replay"
