@@ -344,7 +344,7 @@ def build_shard(
                     config.resolved(),
                     seed,
                     str(behavior / task_folder(t["index"])),
-                    facts["run_seeds"][str(t["index"])],
+                    facts.get("run_seeds", {}).get(str(t["index"]), 0),
                     str(folders[t["index"]]),
                 )
                 for t in todo

@@ -151,13 +151,15 @@ def test_checkpoints_by_step_by_all_and_by_band():
 
 
 def test_checkpoints_by_part_of_the_run():
-    for part, expected in (([0, 0.3], [0]), ([0.3, 0.5], [250]), ([0.5, 1], [500]), ([0, 1], STEPS)):
+    for part, expected in (([0, 0.3], [0]), ([0.3, 0.6], [250]), ([0.6, 1], [500]), ([0, 1], STEPS)):
         assert choose_checkpoints("a", parse(LevelConfig, {"part": part}, "x"), 4, NORMALIZED) == expected
 
 
 def test_a_part_without_a_checkpoint_is_refused_before_any_work():
-    with pytest.raises(UserError, match=r"^params\.yaml: dataset\.levels\.mine\.part = \[0\.4, 0\.6\]: no checkpoint"):
-        check(LevelConfig(part=[0.4, 0.6]), 10)
+    with pytest.raises(
+        UserError, match=r"^params\.yaml: dataset\.levels\.mine\.part = \[0\.35, 0\.45\]: no checkpoint"
+    ):
+        check(LevelConfig(part=[0.35, 0.45]), 10)
 
 
 def test_a_step_without_rollouts_is_named():
