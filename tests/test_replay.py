@@ -271,7 +271,9 @@ def test_episodes_are_counted_across_files(tmp_path):
     sums = [rewards[start : start + 7].astype(np.float64).sum() for start in range(0, 30, 7)]
     np.testing.assert_allclose(table["dense_return"], sums, rtol=1e-12)
     np.testing.assert_allclose(table["return"], 2 * np.array(sums), rtol=1e-12)
-    np.testing.assert_array_equal(read_transitions(tmp_path / "all.parquet")["reward"], rewards)
+    columns = read_transitions(tmp_path / "all.parquet")
+    np.testing.assert_array_equal(columns["reward"], rewards)
+    assert columns["checkpoint"].tolist() == np.repeat(table["checkpoint"], table["length"]).tolist()
 
 
 # ----------------------------------------------------------------------- params
