@@ -18,6 +18,7 @@ from omrl import seeding
 from omrl.actor_critic import Transitions
 from omrl.algorithms.base import CONFIG as MODEL_CONFIG
 from omrl.algorithms.base import MODEL, BatchSizes, MetaAlgorithm, MetaBatch, Sizes, create, save_model
+from omrl.allocator import keep_memory
 from omrl.config import Config
 from omrl.datasets.buffer import ORDER, TaskBuffers
 from omrl.encoders import Context
@@ -186,6 +187,7 @@ def train(
     Raises:
         UserError: a loss is no longer finite.
     """
+    keep_memory()
     torch.set_num_threads(config.threads)
     curve = Curve()
     done = _load_state(state, algorithm, sampler, curve)

@@ -87,7 +87,7 @@ class BehaviorConfig(Config):
         sac: hyperparameters.
     """
 
-    engine: Literal["sb3", "batched"] = "sb3"
+    engine: Literal["sb3", "batched"] = "batched"
     total_steps: Annotated[int, Field(ge=1, le=10**8)] = 2000
     checkpoint_every: Annotated[int, Field(ge=1)] = 250
     horizon: Annotated[int, Field(ge=1)] = 200
