@@ -145,13 +145,16 @@ class MujocoBatch(BatchEnv):
         nq, nv = self._first.nq, self._first.nv
         return Physics(state[:, 1 : 1 + nq], state[:, 1 + nq : 1 + nq + nv], derived)
 
+    def _model(self, row: int) -> mujoco.MjModel:
+        return self._models if isinstance(self._models, mujoco.MjModel) else self._models[row]
+
     def _derive(self, rows: NDArray[np.intp], state: Doubles, control: Doubles) -> Doubles:
         """Return what the family derives from ``state`` of copies ``rows``, [len(rows), derived_size]."""
         found = np.zeros((len(rows), self._family.derived_size))
         if self._family.derived_size:
             data = self._data[0]
             for place, row in enumerate(rows):
-                model = self._models if isinstance(self._models, mujoco.MjModel) else self._models[row]
+                model = self._model(row)
                 mujoco.mj_setState(model, data, state[place], _STATE)
                 data.ctrl[:] = control[place]
                 data.qacc_warmstart[:] = 0.0
@@ -176,7 +179,8 @@ class MujocoBatch(BatchEnv):
         if rngs is None or len(rngs) != len(chosen):
             raise ValueError("starts are random here: reset needs one generator per copy")
         if len(chosen):
-            self._place(chosen, np.stack([self._family.start(self._first, rng) for rng in rngs]))
+            starts = [self._family.start(self._model(row), rng) for row, rng in zip(chosen, rngs, strict=True)]
+            self._place(chosen, np.stack(starts))
         return self.observation
 
     def get_state(self) -> Doubles:
@@ -227,7 +231,7 @@ class MujocoBatch(BatchEnv):
         Raises:
             UserError: there is no OpenGL (EGL, OSMesa or a window system).
         """
-        model = self._first if isinstance(self._models, mujoco.MjModel) else self._models[row]
+        model = self._model(row)
         data = mujoco.MjData(model)
         mujoco.mj_setState(model, data, self._state[row], _STATE)
         mujoco.mj_forward(model, data)
