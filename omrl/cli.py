@@ -86,11 +86,14 @@ def lineage(
     from omrl.pipeline import Pipeline, find_pipeline
 
     name, colon, rest = target.partition(":")
-    folder = pipeline
-    if folder is None:
-        folder = find_pipeline(Path(name)) if Path(name).exists() else find_pipeline(Path())
-    if Path(name).is_absolute() or ((folder / name).exists() is False and Path(name).exists()):
-        name = Path(name).resolve().relative_to(folder.resolve()).as_posix()
+    folder = pipeline if pipeline is not None else find_pipeline(Path(name))
+    full, top = Path(name).resolve(), folder.resolve()
+    inside = full.is_relative_to(top)
+    # "data/..." is meant from the pipeline's folder even where the shell is elsewhere
+    if Path(name).exists() and not (folder / name).exists() and not inside:
+        raise UserError(f"{name}: not in the pipeline {folder}")
+    if inside and (Path(name).exists() or {"data", "reports"} & set(Path(name).parts)):
+        name = full.relative_to(top).as_posix()
     result = trace(Pipeline(folder), f"{name}{colon}{rest}", row)
     print(json.dumps(result, indent=1, sort_keys=True) if as_json else tree(result))
     if result["problems"]:

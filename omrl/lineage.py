@@ -7,18 +7,20 @@ on the rows' own keys; compared with what lies on disk.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from omrl.behavior.base import checkpoint_name, task_folder
-from omrl.datasets.parquet import read_footer, read_transitions
+from omrl.datasets.parquet import read_footer, read_table, read_transitions
 from omrl.datasets.schema import KEY
 from omrl.errors import UserError, suggest
 from omrl.files import read_json, read_manifest, sha256
 from omrl.pipeline import Output, Pipeline
 
 _PLAN = "data/plan"
+_METRICS = "reports/metrics.json"
 
 
 def trace(pipeline: Pipeline, target: str, row: int | None = None) -> dict[str, Any]:
@@ -38,10 +40,13 @@ def trace(pipeline: Pipeline, target: str, row: int | None = None) -> dict[str, 
         UserError: nothing of that name, or a row out of range.
     """
     path, _, rest = target.partition(":")
-    if rest and re.fullmatch(r"\d+", rest) and row is None:
-        row, rest = int(rest), ""
-    if path == "reports/metrics.json" and rest:
+    path = Path(path).as_posix()
+    if path == _METRICS and rest:
         facts, outputs = _number(pipeline, rest.split("."))
+    elif rest and (row is not None or not re.fullmatch(r"\d+", rest)):
+        raise UserError(f"'{target}': expected a row number behind the colon, once")
+    elif rest:
+        facts, outputs = _path(pipeline, path, int(rest))
     elif not (pipeline.folder / path).exists() and not path.startswith(("data/", "reports/")):
         facts, outputs = _number(pipeline, path.split("/"))
     else:
@@ -49,12 +54,18 @@ def trace(pipeline: Pipeline, target: str, row: int | None = None) -> dict[str, 
     cells: dict[str, Any] = {}
     for output in outputs:
         _collect(pipeline, output, cells)
-    problems = [
-        f"{pipeline.folder / out['path']} is {out['state']}: not what {pipeline.folder}/dvc.lock records"
-        for cell in cells.values()
-        for out in cell["outputs"]
-        if out["state"] != "ok"
-    ]
+    lock = pipeline.folder / "dvc.lock"
+    problems = []
+    for name, cell in cells.items():
+        for out in cell["outputs"]:
+            if out["state"] != "ok":
+                files = f" ({', '.join(Path(file).name for file in out['differing'])})" if out["differing"] else ""
+                problems.append(f"{pipeline.folder / out['path']} is {out['state']}{files}: not what {lock} records")
+        problems += [
+            f"{name} read another version of {path} than the one there now: what is told of that is not its past; "
+            f"run 'dvc repro' in {pipeline.folder}"
+            for path in cell["outdated"]
+        ]
     return {
         "target": target,
         "pipeline": pipeline.folder.as_posix(),
@@ -63,6 +74,7 @@ def trace(pipeline: Pipeline, target: str, row: int | None = None) -> dict[str, 
         "cells": cells,
         "problems": problems + facts.pop("problems", []),
         "uncommitted": pipeline.uncommitted(),
+        "git": pipeline.under_git,
     }
 
 
@@ -76,7 +88,7 @@ def _collect(pipeline: Pipeline, output: Output, cells: dict[str, Any]) -> None:
     code: dict[str, str] = {}
     for path, md5 in stage.deps.items():
         if path.startswith("data/code/"):
-            code[path] = _fingerprint(pipeline, path)
+            code[path] = _fingerprint(pipeline, path, md5)
         for parent in pipeline.under(path):
             if parent.stage not in parents and not parent.path.startswith(_PLAN):
                 parents.append(parent.stage)
@@ -86,40 +98,89 @@ def _collect(pipeline: Pipeline, output: Output, cells: dict[str, Any]) -> None:
     cells[output.stage] = {
         "command": stage.command,
         "outputs": [
-            {"path": out.path, "md5": out.md5, "size": out.size, "state": pipeline.state(out)} for out in stage.outs
+            {
+                "path": out.path,
+                "md5": out.md5,
+                "size": out.size,
+                "state": pipeline.state(out),
+                "differing": [] if pipeline.state(out) != "modified" else pipeline.differing(out),
+            }
+            for out in stage.outs
         ],
         "commit": pipeline.commit_of(output.md5),
         "parameters": stage.params,
         "code": code,
         "reads": parents,
+        "outdated": pipeline.outdated(stage),
     }
 
 
-def _fingerprint(pipeline: Pipeline, path: str) -> str:
+def _fingerprint(pipeline: Pipeline, path: str, md5: str) -> str:
+    """Return the fingerprint in the file that a cell read: ``path`` if it still is that one, else from the cache."""
+    place = pipeline.folder / path if pipeline.found(path) == md5 else pipeline.object_path(md5)
     try:
-        return str(read_json(pipeline.folder / path)["fingerprint"])
+        return str(read_json(place)["fingerprint"])
     except (UserError, KeyError, TypeError):
-        return "missing on disk"
+        return f"gone, its MD5 was {md5}"
 
 
 def _number(pipeline: Pipeline, keys: list[str]) -> tuple[dict[str, Any], list[Output]]:
     """Return value and evaluation cells of a number in the report."""
-    metrics = read_json(pipeline.folder / "reports/metrics.json")
-    value: Any = metrics
+    name = "/".join(keys)
+    if len(keys) not in (3, 4):
+        raise UserError(f"'{name}': expected <algorithm>/<training dataset>/<test dataset>, with a seed or not")
+    value: Any = read_json(pipeline.folder / _METRICS)
+    seed = keys[3] if keys[3:] and keys[3].isdigit() else None
     place: list[str] = []
-    for key in keys[:4] if keys[3:] and not keys[3].isdigit() else keys[:3]:
+    for key in keys[:3] if seed else keys:
         if not isinstance(value, dict) or key not in value:
             options = suggest(key, value if isinstance(value, dict) else [])
-            shown = "/".join(place) or "the report"
-            raise UserError(f"'{'/'.join(keys)}': no '{key}' in {shown}; {options}")
+            raise UserError(f"'{name}': no '{key}' in {'/'.join(place) or 'the report'}; {options}")
         value, place = value[key], [*place, key]
     prefix = "data/evaluations/" + "/".join(keys[:3])
     found = [out for out in pipeline.outputs() if out.path.startswith(prefix + "/")]
-    if keys[3:] and keys[3].isdigit():
-        found = [out for out in found if out.path == f"{prefix}/{keys[3]}"]
+    if seed:
+        found = [out for out in found if out.path == f"{prefix}/{seed}"]
     if not found:
-        raise UserError(f"'{'/'.join(keys)}': no evaluation of that name in {pipeline.folder}/dvc.lock")
-    return {"kind": "number", "value": value, "evaluations": [out.path for out in found]}, found
+        raise UserError(f"'{name}': no evaluation of that name in {pipeline.folder}/dvc.lock")
+    problems, means = [], {}
+    for out in found:
+        try:
+            means[out.path.rpartition("/")[2]] = _mean(pipeline.folder / out.path / "episodes.parquet")
+        except UserError as error:
+            problems.append(str(error))
+    mean = value if keys[3:] == ["mean"] else value.get("mean") if isinstance(value, dict) else None
+    if seed:
+        value = {"mean": means.get(seed)}
+    elif mean is not None and means and not np.isclose(mean, np.mean(list(means.values())), rtol=1e-9, atol=1e-12):
+        problems.append(
+            f"{pipeline.folder / _METRICS} says mean {mean!r}, the evaluations give "
+            f"{float(np.mean(list(means.values())))!r}"
+        )
+    report = pipeline.output_of(_METRICS)
+    if pipeline.state(report) != "ok":
+        problems.append(f"{pipeline.folder / _METRICS} is modified: not what {pipeline.folder}/dvc.lock records")
+    problems += [
+        f"the report read another version of {path} than the one there now; run 'dvc repro' in {pipeline.folder}"
+        for path in pipeline.outdated(pipeline.stages[report.stage])
+        if path == "data/evaluations"
+    ]
+    return {
+        "kind": "number",
+        "value": value,
+        "evaluations": [out.path for out in found],
+        "seed_means": means,
+        "problems": problems,
+    }, found
+
+
+def _mean(path: Path) -> float:
+    """Return an evaluation's mean return over the unseen tasks, computed from its episodes as the report does."""
+    table = read_table(path, ["split", "counted", "task", "return"])
+    split, counted = (table.column(name).to_numpy() for name in ("split", "counted"))
+    chosen = (split == "test") & counted.astype(bool)
+    tasks, returns = table.column("task").to_numpy()[chosen], table.column("return").to_numpy()[chosen]
+    return float(np.mean([returns[tasks == task].mean() for task in np.unique(tasks)]))
 
 
 def _path(pipeline: Pipeline, path: str, row: int | None) -> tuple[dict[str, Any], list[Output]]:
@@ -127,6 +188,8 @@ def _path(pipeline: Pipeline, path: str, row: int | None) -> tuple[dict[str, Any
     output = pipeline.output_of(path)
     full = pipeline.folder / path
     if row is not None:
+        if full.suffix != ".parquet":
+            raise UserError(f"{full}: only Parquet files of transitions have rows")
         return _row(pipeline, path, row), [output]
     facts: dict[str, Any] = {"kind": "path", "path": path, "output": output.path}
     if full.suffix == ".parquet" and full.is_file():
@@ -176,6 +239,12 @@ def _run(pipeline: Pipeline, shard: str, task: int, step: int, recorded: str | N
     path = folder / name
     found = sha256(path) if path.is_file() else None
     expected = recorded or manifest["files"].get(name, {}).get("sha256")
+    try:
+        seed, behavior = manifest["parameters"]["run_seeds"][str(task)], manifest["parameters"]["behavior"]
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{folder / 'manifest.json'}: not the manifest of behavior policies; run 'dvc checkout'"
+        ) from None
     problems = []
     if found != expected:
         problems.append(
@@ -186,8 +255,8 @@ def _run(pipeline: Pipeline, shard: str, task: int, step: int, recorded: str | N
         "sb3_run": {
             "task": task,
             "step": step,
-            "seed": manifest["parameters"]["run_seeds"][str(task)],
-            "behavior": manifest["parameters"]["behavior"],
+            "seed": seed,
+            "behavior": behavior,
             "packages": manifest["packages"],
         },
         "problems": problems,
@@ -212,9 +281,15 @@ def tree(result: dict[str, Any]) -> str:
     lines = [f"{result['target']}  ({result['pipeline']})"]
     if facts["kind"] == "number":
         value = facts["value"]
-        shown = value if not isinstance(value, dict) else ", ".join(f"{k} {v:.6g}" for k, v in value.items())
+        shown = (
+            value
+            if not isinstance(value, dict)
+            else ", ".join(f"{k} {v:.6g}" for k, v in value.items() if v is not None)
+        )
         lines.append(f"  value: {shown}")
-        lines += [f"  evaluated in {path}" for path in facts["evaluations"]]
+        for path in facts["evaluations"]:
+            mean = facts["seed_means"].get(path.rpartition("/")[2])
+            lines.append(f"  evaluated in {path}" + (f", mean {mean:.6g}" if mean is not None else ""))
     elif facts["kind"] == "row":
         lines.append(
             f"  row {facts['row']}: reward of task {facts['task']} = {facts['reward']:.6g}, sparse "
@@ -238,7 +313,7 @@ def tree(result: dict[str, Any]) -> str:
         lines.append(f"  SHA-256 {facts['sha256']}")
     told: set[str] = set()
     for root in result["roots"]:
-        _branch(result["cells"], root, "", told, lines)
+        _branch(result["cells"], root, "", told, lines, result["git"])
     if result["uncommitted"]:
         shown = ", ".join(result["uncommitted"][:5])
         lines.append(f"Not committed: {shown}{' and more' if len(result['uncommitted']) > 5 else ''}")
@@ -248,7 +323,7 @@ def tree(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _branch(cells: dict[str, Any], name: str, indent: str, told: set[str], lines: list[str]) -> None:
+def _branch(cells: dict[str, Any], name: str, indent: str, told: set[str], lines: list[str], git: bool) -> None:
     cell = cells[name]
     if name in told:
         lines.append(f"{indent}{name} (see above)")
@@ -261,7 +336,8 @@ def _branch(cells: dict[str, Any], name: str, indent: str, told: set[str], lines
         lines.append(f"{inner}{out['path']}  md5 {out['md5']}  {out['size']:,} bytes{mark}")
     commit = cell["commit"]
     if commit is None:
-        lines.append(f"{inner}commit: none yet, only the working tree's dvc.lock has it")
+        told_by_git = "none yet, only the working tree's dvc.lock has it" if git else "not known, git does not answer"
+        lines.append(f"{inner}commit: {told_by_git}")
     else:
         lines.append(f"{inner}commit: {commit['commit'][:12]} {commit['date']} {commit['subject']}")
     parameters = describe_parameters(cell["parameters"])
@@ -271,4 +347,4 @@ def _branch(cells: dict[str, Any], name: str, indent: str, told: set[str], lines
         lines.append(f"{inner}code: {path} {value[:16]}")
     for parent in cell["reads"]:
         if parent != "code":
-            _branch(cells, parent, inner, told, lines)
+            _branch(cells, parent, inner, told, lines, git)

@@ -6,7 +6,7 @@ import configparser
 import hashlib
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from omrl.errors import UserError
+from omrl.yaml12 import Loader
 
 LOCK = "dvc.lock"
 _IGNORED = ("__pycache__", ".scratch", ".gitignore")
@@ -54,14 +55,14 @@ def md5_of_file(path: Path) -> str:
         return hashlib.file_digest(stream, "md5").hexdigest()
 
 
-def listing(folder: Path) -> list[dict[str, str]]:
+def listing(folder: Path, md5: Callable[[Path], str] = md5_of_file) -> list[dict[str, str]]:
     """Return DVC's listing of a folder: MD5 and relative path of every file, by path."""
     entries = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part in _IGNORED or part.endswith(".partial") for part in relative.parts)
         if path.is_file() and not hidden:
-            entries.append({"md5": md5_of_file(path), "relpath": relative.as_posix()})
+            entries.append({"md5": md5(path), "relpath": relative.as_posix()})
     return sorted(entries, key=lambda entry: entry["relpath"])
 
 
@@ -70,11 +71,11 @@ def md5_of_listing(entries: list[dict[str, str]]) -> str:
     return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
-def md5_of(path: Path) -> str | None:
+def md5_of(path: Path, md5: Callable[[Path], str] = md5_of_file) -> str | None:
     """Return what DVC would record for ``path``; None if nothing is there."""
     if path.is_dir():
-        return md5_of_listing(listing(path))
-    return md5_of_file(path) if path.is_file() else None
+        return md5_of_listing(listing(path, md5))
+    return md5(path) if path.is_file() else None
 
 
 class Pipeline:
@@ -90,38 +91,45 @@ class Pipeline:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         path = self.folder / LOCK
-        try:
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-            raw = content["stages"]
-        except FileNotFoundError:
-            raise UserError(f"{path}: missing; run 'dvc repro' in {self.folder} first") from None
-        except (yaml.YAMLError, KeyError, TypeError):
-            raise UserError(f"{path}: damaged, expected DVC's lock file; restore it with 'git checkout'") from None
         self.stages: dict[str, Stage] = {}
-        for name, entry in raw.items():
-            outs = [Output(o["path"], o["md5"], o.get("size", 0), name) for o in entry.get("outs", [])]
-            deps = {d["path"]: d["md5"] for d in entry.get("deps", [])}
-            params = {key: value for part in entry.get("params", {}).values() for key, value in part.items()}
-            self.stages[name] = Stage(name, entry["cmd"], deps, params, outs)
+        self._hashes: dict[Path, str] = {}
+        try:
+            raw = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)["stages"]
+            for name, entry in raw.items():
+                outs = [Output(o["path"], o["md5"], o.get("size", 0), name) for o in entry.get("outs", [])]
+                deps = {d["path"]: d["md5"] for d in entry.get("deps", [])}
+                params = {key: value for part in entry.get("params", {}).values() for key, value in part.items()}
+                self.stages[name] = Stage(name, entry["cmd"], deps, params, outs)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{path}: missing; run 'dvc repro' in {self.folder} first") from None
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}: damaged, expected DVC's lock file; restore it with 'git checkout'") from None
 
     @cached_property
     def wanted(self) -> set[str] | None:
         """The outputs of cells that params.yaml asks for now (data/plan/cells.json); None if there is no plan."""
         try:
             plan = json.loads((self.folder / "data/plan/cells.json").read_text())
-        except (OSError, ValueError):
+            paths = {f"data/{kind}/{shard}" for kind in ("behavior", "rollouts") for shard in plan["shards"]}
+            paths |= {f"data/datasets/{name}" for name in plan["datasets"]}
+            paths |= {f"data/models/{m['algorithm']}/{m['train']}/{m['seed']}" for m in plan["models"]}
+            return paths | {
+                f"data/evaluations/{e['algorithm']}/{e['train']}/{e['test']}/{e['seed']}" for e in plan["evaluations"]
+            }
+        except (OSError, ValueError, KeyError, TypeError):  # damaged: told where the output itself is looked at
             return None
-        paths = {f"data/{kind}/{shard}" for kind in ("behavior", "rollouts") for shard in plan["shards"]}
-        paths |= {f"data/datasets/{name}" for name in plan["datasets"]}
-        paths |= {f"data/models/{m['algorithm']}/{m['train']}/{m['seed']}" for m in plan["models"]}
-        return paths | {
-            f"data/evaluations/{e['algorithm']}/{e['train']}/{e['test']}/{e['seed']}" for e in plan["evaluations"]
-        }
 
     def current(self, output: Output) -> bool:
         """Does params.yaml still ask for this output? (dvc.lock keeps cells of earlier choices.)"""
         cells = ("data/behavior/", "data/rollouts/", "data/datasets/", "data/models/", "data/evaluations/")
-        return self.wanted is None or not output.path.startswith(cells) or output.path in self.wanted
+        if self.wanted is None or not output.path.startswith(cells):
+            return True
+        if output.path.startswith("data/datasets/") and "plan" in self.stages:
+            # a name can have been a level and be a relabelled set now, or the other way round: same path, two stages
+            relabelled = self.stages["plan"].params.get("relabel") or {}
+            kind = "relabel" if output.path.removeprefix("data/datasets/") in relabelled else "dataset"
+            return output.path in self.wanted and output.stage.partition("@")[0] == kind
+        return output.path in self.wanted
 
     def outputs(self) -> Iterator[Output]:
         """Yield the outputs that the present params ask for."""
@@ -134,10 +142,10 @@ class Pipeline:
         Raises:
             UserError: no stage in dvc.lock writes it.
         """
-        for stage in self.stages.values():
-            for out in stage.outs:
-                if path == out.path or path.startswith(out.path + "/"):
-                    return out
+        earlier = [out for stage in self.stages.values() for out in stage.outs if not self.current(out)]
+        for out in [*self.outputs(), *earlier]:
+            if path == out.path or path.startswith(out.path + "/"):
+                return out
         raise UserError(f"{self.folder / path}: no stage in {self.folder / LOCK} writes it")
 
     def under(self, path: str) -> list[Output]:
@@ -148,10 +156,53 @@ class Pipeline:
             if path == out.path or path.startswith(out.path + "/") or out.path.startswith(path + "/")
         ]
 
+    def _md5(self, path: Path) -> str:
+        if path not in self._hashes:
+            self._hashes[path] = md5_of_file(path)
+        return self._hashes[path]
+
+    def found(self, path: str) -> str | None:
+        """Return what DVC would record for ``path`` now, None if nothing is there; a file is read only once."""
+        return md5_of(self.folder / path, self._md5)
+
     def state(self, output: Output) -> str:
         """Return ``ok``, ``missing`` or ``modified``: the file on disk against dvc.lock."""
-        found = md5_of(self.folder / output.path)
+        found = self.found(output.path)
         return "missing" if found is None else "ok" if found == output.md5 else "modified"
+
+    def recorded(self, output: Output) -> dict[str, str] | None:
+        """Return path -> MD5 of the files in an output folder; None if the cache has no sound listing of it."""
+        try:
+            entries = json.loads(self.object_path(output.md5).read_bytes())
+            if md5_of_listing(sorted(entries, key=lambda entry: entry["relpath"])) != output.md5:
+                return None
+            return {f"{output.path}/{entry['relpath']}": entry["md5"] for entry in entries}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def differing(self, output: Output) -> list[str]:
+        """Return the files of an output folder that are not as recorded; empty where that cannot be told."""
+        expected = self.recorded(output) if output.md5.endswith(".dir") else None
+        if expected is None:
+            return []
+        folder = self.folder / output.path
+        present = {f"{output.path}/{e['relpath']}": e["md5"] for e in listing(folder, self._md5)}
+        return sorted(p for p in expected.keys() | present.keys() if expected.get(p) != present.get(p))
+
+    def outdated(self, stage: Stage) -> list[str]:
+        """Return the inputs of which ``stage`` read another version than the one recorded, or on disk, now."""
+        paths = []
+        for path, md5 in stage.deps.items():
+            sources = self.under(path)
+            if [out.path for out in sources] == [path]:
+                now: str | None = sources[0].md5
+            elif sources and all(self.state(out) == "ok" for out in sources):
+                now = self.found(path)
+            else:
+                continue  # not an output, or damaged itself, which is told elsewhere
+            if now != md5:
+                paths.append(path)
+        return paths
 
     @cached_property
     def repository(self) -> Path:
@@ -171,10 +222,13 @@ class Pipeline:
         base = self.repository / ".dvc"
         chosen = base / "cache"
         for name in ("config", "config.local"):
-            parser = configparser.ConfigParser()
-            parser.read(base / name)
+            parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#",), strict=False)
+            try:
+                parser.read(base / name, encoding="utf-8")
+            except (configparser.Error, UnicodeDecodeError):
+                raise UserError(f"{base / name}: damaged, expected DVC's settings") from None
             if parser.has_option("cache", "dir"):
-                chosen = (base / parser.get("cache", "dir")).resolve()
+                chosen = (base / parser.get("cache", "dir").strip("\"'")).resolve()
         return chosen / "files" / "md5"
 
     def object_path(self, md5: str) -> Path:
@@ -182,11 +236,19 @@ class Pipeline:
         return self.cache / md5[:2] / md5[2:]
 
     def git(self, *arguments: str) -> str | None:
-        """Return what git says, None where it fails (no repository, no such revision)."""
-        done = subprocess.run(
-            ["git", *arguments], cwd=self.folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
-        )
+        """Return what git says, None where it fails (not installed, no repository, no such revision)."""
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=self.folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
+            )
+        except FileNotFoundError:
+            return None
         return done.stdout if done.returncode == 0 else None
+
+    @cached_property
+    def under_git(self) -> bool:
+        """Does git answer here? It does not outside a repository, or in one it calls somebody else's."""
+        return self.git("rev-parse", "--git-dir") is not None
 
     def commit_of(self, md5: str) -> dict[str, str] | None:
         """Return the first commit whose dvc.lock has ``md5``; None if only the working tree has it."""
@@ -199,7 +261,8 @@ class Pipeline:
 
     def uncommitted(self) -> list[str]:
         """Return the paths that differ from the last commit, of those that results depend on."""
-        found = self.git("status", "--porcelain", "--", ".", ":(top)omrl", ":(top)stages") or ""
+        own = ("params.yaml", "dvc.yaml", LOCK, "reports")
+        found = self.git("status", "--porcelain", "--", *own, ":(top)omrl", ":(top)stages") or ""
         return [line[3:] for line in found.splitlines()]
 
 
@@ -210,7 +273,8 @@ def find_pipeline(path: str | Path) -> Path:
         UserError: there is none.
     """
     path = Path(path)
-    for folder in [path, *path.parents]:
+    # relative ones first: they read better in messages
+    for folder in [path, *path.parents, *path.absolute().parents]:
         if (folder / "dvc.yaml").is_file():
             return folder
     raise UserError(f"{path}: not inside a pipeline (no dvc.yaml here or above); name one with --pipeline")

@@ -6,7 +6,6 @@ DVC itself trusts its cache: a damaged read-only object is called up to date by 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def _check_output(pipeline: Pipeline, output: Output) -> tuple[int, list[Damage]
     path = pipeline.folder / output.path
     cached = output.path.startswith("data/")  # reports/ is kept by git, not by the cache
     restore = (
-        f"delete it and run 'dvc checkout' in {pipeline.folder}"
+        f"delete it and run 'dvc checkout {output.stage}' in {pipeline.folder}"
         if cached
         else f"run 'git checkout' of it, or 'dvc repro --force --single-item {output.stage}'"
     )
@@ -71,7 +70,7 @@ def _check_output(pipeline: Pipeline, output: Output) -> tuple[int, list[Damage]
         for name, md5 in expected.items():
             count += 1
             damage += _check_object(pipeline, md5, name, output)
-        damage += _check_manifest(path)
+        damage += _check_manifest(path, {entry.path for entry in damage}, restore)
     return count, damage
 
 
@@ -81,32 +80,34 @@ def _check_directory(
     """Compare a folder with its listing in the cache (or, where git keeps it, with the hash alone)."""
     found = listing(path) if path.is_dir() else []
     present = {f"{output.path}/{entry['relpath']}": entry["md5"] for entry in found}
-    if not path.is_dir():
-        return 1, [Damage(str(path), "missing, dvc.lock records it", restore)], {}
     if not cached:
+        if not path.is_dir():
+            return 1, [Damage(str(path), "missing, dvc.lock records it", restore)], {}
         if md5_of_listing(found) != output.md5:
             return len(found), [Damage(str(path), f"modified, dvc.lock records {output.md5}", restore)], {}
         return len(found), [], {}
     place = pipeline.object_path(output.md5)
-    again = f"delete it and run 'dvc repro --force --single-item {output.stage}' in {pipeline.folder}"
-    try:
-        content = place.read_bytes()
-        entries = json.loads(content)
-        expected = {f"{output.path}/{entry['relpath']}": entry["md5"] for entry in entries}
-    except FileNotFoundError:
-        damage = [Damage(str(place), f"missing from the cache, it lists {output.path}", again)]
-        expected = None
-    except (ValueError, TypeError, KeyError):
-        damage = [Damage(str(place), f"damaged cache object ({len(content)} bytes), it lists {output.path}", again)]
-        expected = None
-    else:
-        damage = []
-        if md5_of_listing(sorted(entries, key=lambda e: e["relpath"])) != output.md5:
-            damage.append(Damage(str(place), f"damaged cache object, it lists {output.path}", again))
+    expected = pipeline.recorded(output)
+    damage = []
     if expected is None:
-        if md5_of_listing(found) != output.md5:
-            damage.append(Damage(str(path), f"modified, dvc.lock records {output.md5}", restore))
-        return len(found) + 1, damage, {}
+        # what it says of the files is not to be believed; the hash in dvc.lock still is
+        sound = path.is_dir() and md5_of_listing(found) == output.md5
+        redo = f"'dvc commit --force {output.stage}'" if sound else f"'dvc repro --force --single-item {output.stage}'"
+        if place.exists():
+            size = place.stat().st_size
+            what, how = f"damaged cache object ({size} bytes), it lists {output.path}", "delete it, then "
+        else:
+            what, how = f"missing from the cache, it lists {output.path}", ""
+        damage.append(Damage(str(place), what, f"{how}{redo} in {pipeline.folder}"))
+        if not sound:
+            problem = "modified" if path.is_dir() else "missing"
+            damage.append(
+                Damage(str(path), f"{problem}, dvc.lock records {output.md5}", f"{redo} in {pipeline.folder}")
+            )
+            return len(found) + 1, damage, {}
+        return len(found) + 1, damage, present
+    if not path.is_dir():
+        return 1, [Damage(str(path), "missing, dvc.lock records it", restore)], expected
     for name in sorted(expected.keys() | present.keys()):
         file = pipeline.folder / name
         if name not in present:
@@ -120,30 +121,35 @@ def _check_directory(
 
 def _check_object(pipeline: Pipeline, md5: str, name: str, output: Output) -> list[Damage]:
     place = pipeline.object_path(md5)
-    repair = (
-        f"delete it, then 'dvc commit --force {output.stage}' if {pipeline.folder / name} is sound, else "
-        f"'dvc repro --force --single-item {output.stage}' in {pipeline.folder}"
-    )
+    file = pipeline.folder / name
+    if not place.is_file() or md5_of_file(place) != md5:
+        sound = file.is_file() and md5_of_file(file) == md5
+        redo = f"'dvc commit --force {output.stage}'" if sound else f"'dvc repro --force --single-item {output.stage}'"
+        repair = f"{redo} in {pipeline.folder}"
     if not place.is_file():
-        return [Damage(str(place), f"missing from the cache, holding {name}", repair)]
+        return [Damage(str(place), f"missing from the cache, it held {name}", repair)]
     if md5_of_file(place) != md5:
         size = place.stat().st_size
         return [
-            Damage(str(place), f"damaged cache object ({size} bytes, MD5 is not its name), it holds {name}", repair)
+            Damage(
+                str(place),
+                f"damaged cache object ({size} bytes, MD5 is not its name), it holds {name}",
+                f"delete it, then {repair}",
+            )
         ]
     return []
 
 
-def _check_manifest(folder: Path) -> list[Damage]:
-    """Compare the files of a folder with its manifest's SHA-256; nothing to do where there is none."""
-    if not (folder / MANIFEST).is_file():
+def _check_manifest(folder: Path, told: set[str], restore: str) -> list[Damage]:
+    """Compare the files of a folder, but for those told already, with its manifest's SHA-256, if it has one."""
+    if not (folder / MANIFEST).is_file() or str(folder / MANIFEST) in told:
         return []
     try:
-        entries = read_manifest(folder)["files"]
-    except UserError as error:
-        return [Damage(str(folder / MANIFEST), "damaged manifest", str(error))]
+        expected = {name: entry["sha256"] for name, entry in read_manifest(folder)["files"].items()}
+    except (UserError, AttributeError, KeyError, TypeError):
+        return [Damage(str(folder / MANIFEST), "damaged manifest", restore)]
     return [
-        Damage(str(folder / name), f"its SHA-256 is not the one in {MANIFEST}", "delete it and run 'dvc checkout'")
-        for name, entry in entries.items()
-        if (folder / name).is_file() and sha256(folder / name) != entry["sha256"]
+        Damage(str(folder / name), f"its SHA-256 is not the one in {MANIFEST}", restore)
+        for name, digest in expected.items()
+        if str(folder / name) not in told and (folder / name).is_file() and sha256(folder / name) != digest
     ]

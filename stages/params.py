@@ -19,6 +19,7 @@ from pydantic import Field, field_validator
 from omrl import registry
 from omrl.config import Config, parse
 from omrl.errors import UserError, suggest
+from omrl.yaml12 import version_1_2
 
 FILE = "params.yaml"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
@@ -87,6 +88,7 @@ _SECTIONS = {
 }
 
 
+@version_1_2
 class _UniqueKeys(yaml.SafeLoader):
     """A safe YAML loader that refuses a key written twice."""
 
