@@ -30,7 +30,9 @@ class Damage:
     repair: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.problem}; {self.repair}"
+        path = Path(self.path)
+        here = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        return f"{here}: {self.problem}; {self.repair}"
 
 
 def verify(pipeline: Pipeline) -> tuple[int, list[Damage]]:
