@@ -50,7 +50,7 @@ def list_() -> None:
         for name in registry.names(package):
             summary = (registry.load(package, name).__doc__ or "").strip().splitlines()[0]
             print(f"  {name:<22}{summary}")
-    from omrl.evaluation import PROTOCOLS
+    from omrl.protocols import PROTOCOLS
 
     print("evaluation protocols:")
     for name, summary in PROTOCOLS.items():

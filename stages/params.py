@@ -239,6 +239,17 @@ def check(path: str | Path = FILE) -> list[str]:
                 raise UserError(f"{path}: dataset.{key} has '{name}': no such dataset; {suggest(name, known)}")
         if len(set(chosen)) != len(chosen):
             raise UserError(f"{path}: dataset.{key} = {list(chosen)}: expected each dataset once")
+    if values.evaluate.protocol == "ood-checkpoint":
+        key = f"{path}: evaluate.protocol = 'ood-checkpoint'"
+        if family.varies != "reward":
+            raise UserError(
+                f"{key}: tasks of '{top.env}' differ in their dynamics, so other tasks' transitions cannot be this "
+                "task's context; expected another protocol"
+            )
+        if merged := [name for name in dataset.test if name in values.relabel]:
+            raise UserError(f"{key}: dataset.test has '{merged[0]}', where all tasks share one set; expected levels")
+        if values.tasks.train < 2:
+            raise UserError(f"{key}: tasks.train = {values.tasks.train}: expected 2 or more")
     if len(set(top.seeds)) != len(top.seeds):
         raise UserError(f"{path}: seeds = {top.seeds}: expected each seed once")
     if not top.algorithms:

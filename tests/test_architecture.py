@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     r"omrl\.(errors|seeding|registry|config|files|progress|parallel|fingerprint|allocator|yaml12)",
     r"omrl\.(datasets|envs)(\..*)?",
-    r"omrl\.(nets|encoders)",
+    r"omrl\.(nets|encoders|attention)",
     r"omrl\.actor_critic",
     r"omrl\.(behavior|algorithms)(\..*)?",
-    r"omrl\.(rollouts|cutting|training|evaluation)",
+    r"omrl\.(rollouts|cutting|training|protocols|diagnostics|evaluation)",
     r"omrl\.(statistics|pipeline|lineage|verify)",
     r"omrl\.report(\..*)?",
     r"omrl\.cli",

@@ -13,17 +13,11 @@ import torch
 from omrl.algorithms.base import BatchSizes, MetaAlgorithm, Sizes
 from omrl.config import Config
 from omrl.datasets.buffer import TaskBuffers
+from omrl.diagnostics import attention, embedding_variance, esr, rms, sample_embeddings, sparsity_curve
 from omrl.encoders import Context
 from omrl.envs.base import load_family
-from omrl.evaluation import (
-    EvaluateConfig,
-    embedding_variance,
-    esr,
-    offline_context,
-    rms,
-    run_episodes,
-    sample_embeddings,
-)
+from omrl.evaluation import EvaluateConfig
+from omrl.protocols import other_tasks_context, run_episodes, run_protocol
 
 FAMILY = load_family("sparse-point-robot")
 TASKS = [
@@ -86,7 +80,7 @@ def buffers(rows: int = 50) -> TaskBuffers:
 
 def run(config: EvaluateConfig, seed: int = 0) -> tuple[list[dict[str, Any]], dict[str, Any], GoalReader]:
     algorithm = GoalReader()
-    rows, last = offline_context(algorithm, FAMILY, buffers(), TASKS, config, ("test",), seed)
+    rows, last = run_protocol(algorithm, FAMILY, buffers(), TASKS, config, ("test",), seed)
     return rows, last, algorithm
 
 
@@ -114,7 +108,7 @@ def test_an_agent_that_knows_the_goal_has_the_oracles_return():
 def test_a_task_is_evaluated_the_same_whoever_else_is():
     config = EvaluateConfig(episodes=2, repetitions=2)
     algorithm = GoalReader()
-    alone, _ = offline_context(
+    alone, _ = run_protocol(
         algorithm,
         FAMILY,
         TaskBuffers((4,), *(getattr(buffers(), n)[4:] for n in (
@@ -152,12 +146,120 @@ def test_steps_after_a_termination_do_not_count():
 
 
 def test_embeddings_are_of_resampled_contexts():
-    config = EvaluateConfig(embedding_context=6, embedding_resamples=3)
     algorithm = GoalReader()
-    found = sample_embeddings(algorithm, buffers(), TASKS, config, ("test",), 0)
+    found = sample_embeddings(algorithm, buffers(), TASKS, 6, 3, ("test",), 0)
     assert found.shape == (5, 3, 2)
     assert algorithm.sizes_seen == [6, 6, 6]
     np.testing.assert_allclose(found[:, 0], [t["parameters"]["goal"] for t in TASKS], atol=1e-6)
+
+
+class Searcher(GoalReader):
+    """Goes to the best rewarded place of its context; the offline data, of reward 7, tell it a task's goal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.contexts: list[Context] = []
+        self.acted: list[torch.Tensor] = []
+
+    def infer(self, context: Context) -> torch.Tensor:
+        self.contexts.append(context)
+        best = context.reward.argmax(dim=1)
+        return context.observation[torch.arange(len(best)), best]
+
+    def act(self, observation: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        self.acted.append(z)
+        return super().act(observation, z)
+
+
+def online(protocol: str, **values: Any) -> tuple[list[dict[str, Any]], Searcher]:
+    algorithm = Searcher()
+    config = EvaluateConfig(protocol=protocol, repetitions=1, **values)
+    return run_protocol(algorithm, FAMILY, buffers(), TASKS, config, ("test",), 0)[0], algorithm
+
+
+def test_online_prior_explores_with_training_embeddings_and_uses_its_own_transitions_alone():
+    rows, algorithm = online("online-prior", episodes=8, exploration_episodes=6, prior_context=5)
+    training = {tuple(np.float32(t["parameters"]["goal"])) for t in TASKS[:3]}
+    tried = [{tuple(z.numpy()) for z in zs} for zs in algorithm.acted[: 6 * FAMILY.horizon]]
+    assert set().union(*tried) == training
+    assert [c.reward.shape for c in algorithm.contexts[1:]] == [(1, 6 * 20)] * 5 + [(1, 7 * 20)] * 5
+    assert all(float(c.reward.max()) <= 1 for c in algorithm.contexts[1:])
+    assert [r["context_transitions"] for r in rows if r["task"] == 4] == [0] * 6 + [120, 140]
+    # a training task meets its own goal among six draws of three, with this seed, and stays there
+    assert [r["return"] for r in rows if r["task"] == 0 and r["counted"]] > [10.0]
+
+
+def test_online_idaq_keeps_the_best_of_the_exploration():
+    rows, algorithm = online("online-idaq", episodes=8, exploration_episodes=6, prior_context=5, kept_share=0.2)
+    for task in range(5):
+        explored = sorted(r["return"] for r in rows if r["task"] == task and r["episode"] < 6)
+        kept = sum(value >= explored[-1] for value in explored)  # the best one, with its equals
+        assert algorithm.contexts[1 + task].reward.shape == (1, 20 * kept)
+        assert rows[6 * 5 + task]["context_transitions"] == 20 * kept
+    assert {r["counted"] for r in rows if r["episode"] < 7} == {False}
+
+
+def test_online_protocols_leave_episodes_for_the_adapted_policy():
+    with pytest.raises(ValueError, match="exploration_episodes = 10 leaves none of episodes = 10"):
+        EvaluateConfig(protocol="online-prior", episodes=10)
+
+
+def test_ood_contexts_come_from_other_training_tasks_with_this_tasks_reward():
+    features = np.zeros((5, 50, 0), np.float32)
+    rngs = [np.random.default_rng(i) for i in range(5)]
+    found = other_tasks_context(buffers(), features, FAMILY, TASKS, 40, rngs)
+    goals = np.array([t["parameters"]["goal"] for t in TASKS], dtype=np.float32)
+    for place, task in enumerate(TASKS):
+        others = {tuple(goals[i]) for i in range(3) if i != place}
+        assert {tuple(row) for row in found.observation[place]} == others
+        dense, sparse = FAMILY.reward(
+            task["parameters"], found.observation[place], found.action[place], found.next_observation[place],
+            features[place, :40],
+        )  # fmt: skip
+        np.testing.assert_array_equal(found.reward[place], dense)
+        np.testing.assert_array_equal(found.sparse_reward[place], sparse)
+    config = EvaluateConfig(protocol="ood-checkpoint", episodes=2, context_per_episode=20, repetitions=1)
+    algorithm = Searcher()
+    run_protocol(algorithm, FAMILY, buffers(), TASKS, config, ("test",), 0, features)
+    assert [c.reward.shape for c in algorithm.contexts] == [(5, 20), (5, 40)]
+    assert all(float(c.reward.max()) <= 1 for c in algorithm.contexts)
+
+
+class Weigher(Searcher):
+    """The embedding of a transition is its reward; rewarded ones weigh twice as much."""
+
+    def infer(self, context: Context) -> torch.Tensor:
+        return context.reward.mean(dim=1, keepdim=True)
+
+    def attention_weights(self, context: Context) -> torch.Tensor:
+        weights = 1.0 + (context.reward != 0)
+        return weights / weights.mean(dim=1, keepdim=True)
+
+
+def mixed_rewards() -> TaskBuffers:
+    whole, rng = buffers(400), np.random.default_rng(0)
+    whole.sparse_reward[:] = np.where(rng.random((5, 400)) < 0.5, rng.normal(1.0, 0.3, (5, 400)), 0)
+    return whole
+
+
+def test_attention_tells_rewarded_transitions_apart():
+    found = attention(Weigher(), mixed_rewards(), [0, 1, 2], 100, ("test",), 0)
+    assert found is not None
+    assert found["auc"] == 1
+    assert found["rewarded"] == pytest.approx(2 * found["unrewarded"], rel=0.05)
+    assert sum(found["counts"]["rewarded"]) + sum(found["counts"]["unrewarded"]) == 300
+    assert attention(GoalReader(), mixed_rewards(), [0], 100, ("test",), 0) is None  # weighs nothing
+    assert attention(Weigher(), buffers(), [0], 100, ("test",), 0) is None  # nothing without reward
+
+
+def test_sparsity_curve_of_a_known_embedding():
+    # z = mean of n rewards, of which the rewarded ones have variance v: Var(z) = (1 - ratio) v / n
+    found = sparsity_curve(Weigher(), mixed_rewards(), [0, 1, 2], [0.0, 0.5, 1.0], 50, 400, ("test",), 0)
+    assert found is not None
+    assert found["variance"] == pytest.approx([0.09 / 50, 0.045 / 50, 0.0], rel=0.15)
+    assert found["threshold"] == 1.0  # unrewarded transitions all have one embedding
+    assert found["tasks"] == 3
+    assert sparsity_curve(Weigher(), buffers(), [0], [0.5], 50, 4, ("test",), 0) is None
 
 
 def test_esr_of_known_embeddings():

@@ -1,0 +1,148 @@
+"""Context-conditioned behavior cloning (meta-BC): the floor that every table of offline meta-RL needs.
+
+A deterministic encoder embeds the context; the policy imitates the data's actions given (s, z). There is no critic
+and no reward beyond the context's, so the method can be no better than the behavior policies whose data it sees,
+and it tells what adaptation is worth without reinforcement learning.
+
+Known by the name Meta-BC from MACAW (section 6.1), where it means MAML on the likelihood; this is the context-based
+form. Nothing of it is published with code; defaults are FOCAL's of the same role. Fails by design on mixed and
+random data: it averages good and bad actions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from omrl.actor_critic import adam, join
+from omrl.algorithms.base import BatchSizes, MetaAlgorithm, MetaBatch, Sizes
+from omrl.algorithms.focal import distance_metric_loss
+from omrl.config import Config
+from omrl.encoders import Context, DeterministicEncoder
+from omrl.nets import Policy
+
+_EDGE = 1 - 1e-4  # of actions in the likelihood: atanh(1) is infinite
+
+
+class BcConfig(Config):
+    """Behavior cloning.
+
+    Attributes:
+        latent_dim: of z.
+        encoder_width, encoder_depth, encoder_rate: as in FOCAL.
+        encoder_loss: ``cloning``: the gradient of the imitation reaches the encoder, which has no other loss;
+            ``metric``: FOCAL's distance-metric loss alone trains it.
+        metric_weight: of that loss.
+        width, depth, actor_rate: of the policy.
+        likelihood: ``gaussian``: maximum likelihood of a tanh-Gaussian; ``mse``: squared error of tanh(mean).
+        meta_batch: tasks per update, drawn with replacement.
+        rl_batch, context_batch: transitions per drawn task, to imitate and for the encoder.
+    """
+
+    latent_dim: Annotated[int, Field(ge=1, le=1024)] = 20
+    encoder_width: Annotated[int, Field(ge=1)] = 200
+    encoder_depth: Annotated[int, Field(ge=1)] = 3
+    encoder_rate: Annotated[float, Field(gt=0)] = 3e-4
+    encoder_loss: Literal["cloning", "metric"] = "cloning"
+    metric_weight: Annotated[float, Field(gt=0)] = 10.0
+    width: Annotated[int, Field(ge=1)] = 256
+    depth: Annotated[int, Field(ge=1)] = 3
+    actor_rate: Annotated[float, Field(gt=0)] = 3e-4
+    likelihood: Literal["gaussian", "mse"] = "mse"
+    meta_batch: Annotated[int, Field(ge=2)] = 16
+    rl_batch: Annotated[int, Field(ge=1)] = 256
+    context_batch: Annotated[int, Field(ge=1)] = 1024
+
+
+def cloning_loss(mean: Tensor, log_std: Tensor, action: Tensor, likelihood: str) -> Tensor:
+    """Return the loss of imitating ``action`` [n, width] in (-1, 1), a mean over rows.
+
+    Args:
+        mean, log_std: of the policy, before tanh.
+        action: the data's.
+        likelihood: ``gaussian``: -log pi(a) with a = tanh(u), u ~ N(mean, std); ``mse``: (tanh(mean) - a)^2 summed
+            over the action's entries.
+    """
+    if likelihood == "mse":
+        return (torch.tanh(mean) - action).square().sum(-1).mean()
+    inside = action.clamp(-_EDGE, _EDGE)
+    u = torch.atanh(inside)
+    normal = -0.5 * (((u - mean) / log_std.exp()).square() + math.log(2 * math.pi)) - log_std
+    return -(normal - torch.log(1 - inside * inside)).sum(-1).mean()
+
+
+class Bc(MetaAlgorithm):
+    """See the module's docstring."""
+
+    CONFIG = BcConfig
+
+    def __init__(self, config: BcConfig, sizes: Sizes, seed: int, device: str = "auto") -> None:
+        super().__init__(config, sizes, seed, device)
+        self.settings = config
+        hidden = [config.encoder_width] * config.encoder_depth
+        self.encoder = DeterministicEncoder(sizes.context, hidden, config.latent_dim, self.generator).to(self.device)
+        self.policy = Policy(
+            sizes.observation + config.latent_dim, [config.width] * config.depth, sizes.action, self.generator
+        ).to(self.device)
+        self._optimizers = {
+            "encoder": adam(self.encoder.parameters(), config.encoder_rate),
+            "policy": adam(self.policy.parameters(), config.actor_rate),
+        }
+
+    def batch_sizes(self) -> BatchSizes:
+        """Return what an update wants to draw."""
+        return BatchSizes(self.settings.meta_batch, self.settings.context_batch, self.settings.rl_batch)
+
+    def update(self, batch: MetaBatch) -> dict[str, Tensor]:
+        """Take one gradient step of encoder and policy."""
+        config = self.settings
+        z = self.encoder(batch.context.rows())
+        by_metric = config.encoder_loss == "metric"
+        state = join(batch.transitions.observation, z.detach() if by_metric else z)
+        action = batch.transitions.action.reshape(len(state), -1)
+        mean, log_std = self.policy(state)
+        cloning = cloning_loss(mean, log_std, action, config.likelihood)
+        scalars = {"cloning_loss": cloning.detach(), "z_rms": z.detach().square().mean().sqrt()}
+        loss = cloning
+        if by_metric:
+            metric = config.metric_weight * distance_metric_loss(z, batch.tasks)
+            scalars["metric_loss"] = metric.detach()
+            loss = loss + metric
+        for optimizer in self._optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for optimizer in self._optimizers.values():
+            optimizer.step()
+        return scalars
+
+    @torch.no_grad()
+    def infer(self, context: Context) -> Tensor:
+        """Return z [tasks, latent]."""
+        z: Tensor = self.encoder(context.rows())
+        return z
+
+    @torch.no_grad()
+    def act(self, observation: Tensor, z: Tensor) -> Tensor:
+        """Return tanh of the policy's mean, [tasks, n, action]."""
+        mean, _ = self.policy(join(observation, z))
+        return torch.tanh(mean).view(*observation.shape[:2], -1)
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Return encoder and policy."""
+        return {"encoder": self.encoder, "policy": self.policy}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the optimizers by name."""
+        return dict(self._optimizers)
+
+    def generators(self) -> dict[str, torch.Generator]:
+        """Return no stream: an update draws nothing of its own."""
+        return {}
+
+
+CONFIG = BcConfig
+ALGORITHM = Bc

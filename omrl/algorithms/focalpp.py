@@ -1,0 +1,151 @@
+"""FOCAL++ (Li, Huang, Chen, Luo, Luo, Huang, 2022; arXiv 2102.10774): attention and momentum contrast in FOCAL.
+
+The encoder is a stack of blocks with a batch-wise gate (Def. 3.7, Eq. 18) and sequence-wise self-attention in
+parallel (Fig. 1). The matrix-form momentum contrast (Eqs 7, 8) trains it; policy and critic are FOCAL's,
+conditioned on the detached query embedding (Algorithm 1). Arms of Tables 1 and 2:
+
+* full: the defaults;
+* contrastive only: ``attention: none`` (FOCAL's MLP);
+* batch-wise only, sequence-wise only: ``attention: batch`` or ``sequence``. The paper does not say whether these
+  keep FOCAL's metric loss; ``loss`` chooses.
+
+Defaults are the paper's for point robots (Table 6). Differs from the paper:
+
+* Several tokenizations fit "self-attention over the transition's entries": ours makes every scalar a token
+  (``tokens: entries``). ``row`` is the form of the first release, a sequence of length 1.
+* The gate is exactly 1 and every residual branch exactly 0 at initialization (appendix B.2: identity-like).
+  The pooling weight is the product of the blocks' gates, scaled to mean 1.
+* No dropout (Table 6: 0.1).
+* Pairs of one task off the diagonal are masked: the theory assumes that no task repeats in a meta-batch.
+* Query and key contexts are halves of one draw; ``context_batch`` is the size of each.
+* FOCAL's meta-batches with replacement, and its independent RL batch unless ``context_is_rl_batch``.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from omrl.actor_critic import adam
+from omrl.algorithms.base import BatchSizes, MetaBatch, Sizes
+from omrl.algorithms.focal import Focal, FocalConfig
+from omrl.attention import AttentionEncoder
+from omrl.encoders import Context
+
+
+class FocalppConfig(FocalConfig):
+    """FOCAL++'s hyperparameters, beside FOCAL's (``encoder_width`` and ``encoder_depth``: without attention).
+
+    Attributes:
+        attention: ``both`` in parallel, ``batch`` or ``sequence`` alone, or ``none``.
+        loss: ``contrastive`` (Eq. 8) or FOCAL's ``metric``.
+        tokens: what sequence-wise attention runs over, see ``AttentionEncoder``.
+        hidden: width of a token.
+        blocks, heads: of the attention.
+        reduction: hidden / reduction units in the gate's bottleneck.
+        temperature: of the contrast.
+        momentum: m of the key encoder: key <- m key + (1 - m) query.
+    """
+
+    latent_dim: Annotated[int, Field(ge=1, le=1024)] = 5
+    encoder_width: Annotated[int, Field(ge=1)] = 256
+    encoder_rate: Annotated[float, Field(gt=0)] = 1e-3
+    actor_rate: Annotated[float, Field(gt=0)] = 1e-3
+    critic_rate: Annotated[float, Field(gt=0)] = 1e-3
+    metric_weight: Annotated[float, Field(ge=0)] = 1.0
+    context_batch: Annotated[int, Field(ge=1)] = 512
+    attention: Literal["both", "batch", "sequence", "none"] = "both"
+    loss: Literal["contrastive", "metric"] = "contrastive"
+    tokens: Literal["entries", "row"] = "entries"
+    hidden: Annotated[int, Field(ge=1)] = 128
+    blocks: Annotated[int, Field(ge=1)] = 3
+    heads: Annotated[int, Field(ge=1)] = 8
+    reduction: Annotated[int, Field(ge=1)] = 16
+    temperature: Annotated[float, Field(gt=0)] = 0.5
+    momentum: Annotated[float, Field(ge=0, le=1)] = 0.9
+
+    @model_validator(mode="after")
+    def _fits(self) -> FocalppConfig:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden = {self.hidden} and heads = {self.heads}; expected hidden a multiple of heads")
+        if self.encoder != "deterministic" or self.coupled:
+            raise ValueError("encoder and coupled are FOCAL's; expected encoder: deterministic and coupled: false")
+        if self.loss == "contrastive" and self.context_is_rl_batch and self.rl_batch < 2:
+            raise ValueError(f"rl_batch = {self.rl_batch} with context_is_rl_batch; expected 2 or more, for two halves")
+        return self
+
+
+def matrix_contrast(query: Tensor, key: Tensor, tasks: Tensor, temperature: float) -> Tensor:
+    """Return -trace(M), M_ij = log softmax_j(z^q_i . z^k_j / temperature) (FOCAL++ Eqs 7 and 8).
+
+    Args:
+        query, key: embeddings [m, latent]; no gradient flows into ``key``.
+        tasks: int64 [m]; off the diagonal, pairs of one task are left out of the softmax.
+        temperature: above 0.
+    """
+    logits = query @ key.detach().T / temperature
+    repeated = (tasks[:, None] == tasks[None, :]) & ~torch.eye(len(tasks), dtype=torch.bool, device=tasks.device)
+    return -logits.masked_fill(repeated, -torch.inf).log_softmax(dim=1).diagonal().sum()
+
+
+class Focalpp(Focal):
+    """See the module's docstring."""
+
+    CONFIG = FocalppConfig
+
+    def __init__(self, config: FocalppConfig, sizes: Sizes, seed: int, device: str = "auto") -> None:
+        super().__init__(config, sizes, seed, device)
+        self.plus = config
+        if config.attention != "none":
+            # FOCAL declares its own two encoders only; naming a third there would change its fingerprint
+            self.encoder = AttentionEncoder(  # type: ignore[assignment]
+                sizes.context, config.latent_dim, config.hidden, config.blocks, config.heads, config.reduction,
+                config.attention, config.tokens, self.generator,
+            ).to(self.device)  # fmt: skip
+            self.encoder_optimizer = adam(self.encoder.parameters(), config.encoder_rate)
+        self.key = copy.deepcopy(self.encoder).requires_grad_(False) if config.loss == "contrastive" else None
+
+    def batch_sizes(self) -> BatchSizes:
+        """Return what an update wants to draw: with contrast, query and key contexts together."""
+        sizes = super().batch_sizes()
+        return BatchSizes(sizes.meta_batch, sizes.context * (1 if self.key is None else 2), sizes.transitions)
+
+    def update(self, batch: MetaBatch) -> dict[str, Tensor]:
+        """Take one gradient step of encoder, key encoder, actor and critic (Algorithm 1)."""
+        if self.key is None:
+            return super().update(batch)
+        config = self.plus
+        rows = batch.context.rows()
+        half = rows.shape[1] // 2
+        z = self.encoder(rows[:, :half])
+        with torch.no_grad():
+            key = self.key(rows[:, half:])
+        loss = matrix_contrast(z, key, batch.tasks, config.temperature)
+        self.encoder_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.encoder_optimizer.step()
+        with torch.no_grad():  # Algorithm 1, line 23: after the encoder's step
+            torch._foreach_lerp_(list(self.key.parameters()), list(self.encoder.parameters()), 1 - config.momentum)
+        more = config.regularization.discriminator_steps - 1 if config.regularization.active else 0
+        extra = [batch.more() for _ in range(more)]
+        scalars = {"contrastive_loss": loss.detach(), "z_rms": z.detach().square().mean().sqrt()}
+        return scalars | self.actor_critic.update(batch.transitions, z.detach(), extra)
+
+    @torch.no_grad()
+    def attention_weights(self, context: Context) -> Tensor:
+        """Return the batch-wise weights [tasks, n], of mean 1 per task (Fig. 5c); all 1 without a gate."""
+        if isinstance(self.encoder, AttentionEncoder):
+            return self.encoder.transitions(context.rows())[1]
+        return torch.ones_like(context.reward)
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Return encoder, actor-critic and, with contrast, the key encoder."""
+        return super().modules() | ({} if self.key is None else {"key": self.key})
+
+
+CONFIG = FocalppConfig
+ALGORITHM = Focalpp

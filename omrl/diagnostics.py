@@ -1,0 +1,185 @@
+"""Diagnostics of the papers: separation and variance of embeddings, sparsity, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from omrl import seeding
+from omrl.algorithms.base import MetaAlgorithm
+from omrl.datasets.buffer import TaskBuffers
+from omrl.encoders import Context
+from omrl.protocols import gather_context
+
+_FEWEST = 32  # rows of either kind that a task needs for the sparsity curve
+
+
+@runtime_checkable
+class Attentive(Protocol):
+    """An algorithm that weighs the transitions of a context."""
+
+    def attention_weights(self, context: Context) -> torch.Tensor:
+        """Return weights [tasks, n], of mean 1 per task."""
+
+
+def esr(means: NDArray[np.float64]) -> float:
+    """Return the effective separation rate of task embeddings [tasks, latent] (FOCAL Table 1).
+
+    The share of task pairs with ||z_i - z_j|| > sqrt(2 l / 3), the root mean square distance of two points
+    drawn uniformly from (-1, 1)^l.
+    """
+    first, second = np.triu_indices(len(means), 1)
+    return float((np.square(means[first] - means[second]).mean(axis=1) > 2 / 3).mean())
+
+
+def rms(means: NDArray[np.float64]) -> float:
+    """Return the RMS distance of task embeddings [tasks, latent] per dimension (FOCAL Table 1).
+
+    As in the released script: the mean over dimensions of the standard deviation over tasks, times
+    sqrt(2 n / (n - 1)). At most 1.42 for embeddings in (-1, 1).
+    """
+    n = len(means)
+    return float(means.std(axis=0).mean() * np.sqrt(2 * n / (n - 1)))
+
+
+def embedding_variance(embeddings: NDArray[np.float64]) -> float:
+    """Return the variance of a task's embedding over resampled contexts (FOCAL++ Table 2, Eq. 20).
+
+    Args:
+        embeddings: [tasks, resamples, latent]; averaged over tasks and dimensions.
+    """
+    return float(embeddings.var(axis=1, ddof=1).mean())
+
+
+def sample_embeddings(
+    algorithm: MetaAlgorithm,
+    buffers: TaskBuffers,
+    tasks: Sequence[dict[str, Any]],
+    size: int,
+    resamples: int,
+    stream: Sequence[str | int],
+    seed: int,
+) -> NDArray[np.float32]:
+    """Return embeddings [tasks, resamples, latent] of resampled contexts of ``size`` transitions of every task."""
+    rngs = [seeding.generator(seed, *stream, "embeddings", t["index"]) for t in tasks]
+    drawn = np.stack([rng.integers(buffers.rows, size=(resamples, size)) for rng in rngs], axis=1)
+    with_next = algorithm.sizes.context_next_observation
+    found = [
+        algorithm.infer(gather_context(buffers, rows, with_next, algorithm.device)).cpu().numpy() for rows in drawn
+    ]
+    return np.stack(found, axis=1)
+
+
+def attention(
+    algorithm: MetaAlgorithm,
+    buffers: TaskBuffers,
+    places: Sequence[int],
+    size: int,
+    stream: Sequence[str | int],
+    seed: int,
+) -> dict[str, Any] | None:
+    """Return how the weights of transitions with and without reward differ (FOCAL++ Fig. 5c).
+
+    One context of ``size`` transitions per task. ``auc``: the probability that a transition with reward outweighs
+    one without, over all tasks; 0.5 for equal weights.
+
+    Returns:
+        ``auc``, ``rewarded`` and ``unrewarded`` (mean weight each), ``edges`` and the ``counts`` of either kind;
+        None if the algorithm weighs nothing, or one kind is absent.
+    """
+    if not isinstance(algorithm, Attentive):
+        return None
+    own = _of(buffers, places)
+    rng = seeding.generator(seed, *stream, "attention")
+    drawn = rng.integers(own.rows, size=(len(places), size))
+    context = gather_context(own, drawn, algorithm.sizes.context_next_observation, algorithm.device)
+    with torch.no_grad():
+        weights = algorithm.attention_weights(context).cpu().numpy().astype(np.float64).reshape(-1)
+    rewarded = context.reward.cpu().numpy().reshape(-1) != 0
+    if rewarded.all() or not rewarded.any():
+        return None
+    from sklearn.metrics import roc_auc_score
+
+    edges = np.linspace(0, max(2.0, float(np.quantile(weights, 0.99))), 41)
+    inside = weights.clip(0, edges[-1])
+    return {
+        "auc": float(roc_auc_score(rewarded, weights)),
+        "rewarded": float(weights[rewarded].mean()),
+        "unrewarded": float(weights[~rewarded].mean()),
+        "edges": edges.tolist(),
+        "counts": {
+            "rewarded": np.histogram(inside[rewarded], edges)[0].tolist(),
+            "unrewarded": np.histogram(inside[~rewarded], edges)[0].tolist(),
+        },
+    }
+
+
+def _of(buffers: TaskBuffers, places: Sequence[int]) -> TaskBuffers:
+    chosen = list(places)
+    names = ("observation", "action", "reward", "sparse_reward", "next_observation", "terminal")
+    return TaskBuffers(
+        tasks=tuple(buffers.tasks[i] for i in chosen), **{name: getattr(buffers, name)[chosen] for name in names}
+    )
+
+
+def sparsity_curve(
+    algorithm: MetaAlgorithm,
+    buffers: TaskBuffers,
+    places: Sequence[int],
+    ratios: Sequence[float],
+    size: int,
+    resamples: int,
+    stream: Sequence[str | int],
+    seed: int,
+) -> dict[str, Any] | None:
+    """Return the embedding variance against the share of transitions without reward (FOCAL++ Fig. 6).
+
+    Args:
+        algorithm: the model.
+        buffers: offline data.
+        places: tasks to look at; those with fewer than 32 transitions of either kind are left out.
+        ratios: shares of unrewarded transitions.
+        size: transitions of a context.
+        resamples: contexts per task and ratio.
+        stream: of the draws.
+        seed: their root.
+
+    Returns:
+        ``ratios``, ``variance`` at each, ``tasks`` behind them, and Eq. 34's ``threshold`` = Var(x_n) / (Var(x_n) +
+        Var(x_s)), the variances of the embeddings of single transitions with and without reward; None without tasks
+        that have both kinds.
+    """
+    kinds = [(np.flatnonzero(buffers.sparse_reward[i] == 0), np.flatnonzero(buffers.sparse_reward[i])) for i in places]
+    chosen = [(i, kind) for i, kind in zip(places, kinds, strict=True) if min(map(len, kind)) >= _FEWEST]
+    if not chosen:
+        return None
+    own = _of(buffers, [i for i, _ in chosen])
+    with_next = algorithm.sizes.context_next_observation
+    rng = seeding.generator(seed, *stream, "sparsity")
+
+    def embed(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        z = algorithm.infer(gather_context(own, rows, with_next, algorithm.device))
+        return z.cpu().numpy().astype(np.float64)
+
+    variance = []
+    for ratio in ratios:
+        bare = round(ratio * size)
+        found = []
+        for _ in range(resamples):
+            rows = [np.concatenate([rng.choice(s, bare), rng.choice(n, size - bare)]) for _, (s, n) in chosen]
+            found.append(embed(np.stack(rows)))
+        variance.append(embedding_variance(np.stack(found, axis=1)))
+    single = []
+    for kind in (1, 0):
+        drawn = np.stack([rng.choice(k[kind], resamples * 4) for _, k in chosen])
+        single.append(embedding_variance(np.stack([embed(drawn[:, j : j + 1]) for j in range(drawn.shape[1])], axis=1)))
+    return {
+        "ratios": list(ratios),
+        "variance": variance,
+        "threshold": single[0] / (single[0] + single[1]) if sum(single) else None,
+        "tasks": len(chosen),
+    }

@@ -1,0 +1,201 @@
+"""FOCAL++: the contrast by hand, gates of mean 1, identity at the start, momentum, arms, and that it learns."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from omrl.actor_critic import Transitions
+from omrl.algorithms.base import MetaBatch, Sizes, create, load_model, save_model
+from omrl.algorithms.focalpp import Focalpp, matrix_contrast
+from omrl.attention import AttentionEncoder, Block
+from omrl.encoders import Context
+from omrl.errors import UserError
+
+SMALL = {
+    "latent_dim": 3, "hidden": 16, "heads": 4, "blocks": 2, "reduction": 4, "encoder_width": 16, "encoder_depth": 2,
+    "width": 16, "depth": 2, "meta_batch": 4, "rl_batch": 8, "context_batch": 6,
+}  # fmt: skip
+ARMS = {
+    "full": {},
+    "contrastive": {"attention": "none"},
+    "batch": {"attention": "batch"},
+    "sequence": {"attention": "sequence"},
+    "row": {"tokens": "row"},
+    "metric": {"loss": "metric"},
+}
+
+
+def source(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def focalpp(seed: int = 0, **values: Any) -> Focalpp:
+    return create("focalpp", SMALL | values, Sizes(2, 2, False), seed, "cpu")
+
+
+def meta_batch(seed: int = 1, scale: float = 1.0) -> MetaBatch:
+    g, tasks = source(seed), torch.tensor([0, 1, 1, 2])
+    s, a, r = torch.randn(4, 12, 2, generator=g), torch.rand(4, 12, 2, generator=g), torch.randn(4, 12, generator=g)
+    moves = Transitions(s[:, :8], a[:, :8], r[:, :8] * scale, s[:, :8] + 0.1, torch.zeros(4, 8))
+    return MetaBatch(tasks, Context(s, a, r), moves, lambda: moves)
+
+
+def shaken(algorithm: Focalpp) -> Focalpp:
+    """Move every weight, so that gates differ from 1 and branches from 0."""
+    g = source(7)
+    with torch.no_grad():
+        for parameter in algorithm.encoder.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=g))
+    return algorithm
+
+
+def copies(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def test_contrast_by_hand():
+    query = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
+    key = torch.tensor([[0.5, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    # logits / 0.5: rows [1, 0, 2], [0, 2, 2], [0.5, 1, 2]
+    e = math.exp
+    full = -(1 - math.log(e(1) + 1 + e(2))) - (2 - math.log(1 + 2 * e(2))) - (2 - math.log(e(0.5) + e(1) + e(2)))
+    assert float(matrix_contrast(query, key, torch.tensor([0, 1, 2]), 0.5)) == pytest.approx(full, rel=1e-12)
+    masked = -(1 - math.log(e(1) + 1)) - (2 - math.log(1 + 2 * e(2))) - (2 - math.log(e(1) + e(2)))
+    assert float(matrix_contrast(query, key, torch.tensor([4, 1, 4]), 0.5)) == pytest.approx(masked, rel=1e-12)
+
+
+def test_contrast_has_no_gradient_into_keys():
+    query, key = (torch.randn(4, 3, generator=source(i), requires_grad=True) for i in (0, 1))
+    matrix_contrast(query, key, torch.arange(4), 0.5).backward()
+    assert key.grad is None
+    assert float(query.grad.abs().sum()) > 0
+
+
+def test_one_task_alone_has_nothing_to_contrast():
+    z = torch.randn(4, 3, generator=source(0))
+    assert float(matrix_contrast(z, z, torch.zeros(4, dtype=torch.long), 0.5)) == 0
+
+
+@pytest.mark.parametrize("kind", ["both", "batch", "sequence"])
+def test_a_block_is_the_identity_at_initialization(kind):
+    x = torch.randn(2, 5, 3, 16, generator=source(0))
+    out, weights = Block(16, 4, 4, kind, source(1))(x)
+    torch.testing.assert_close(out, x, rtol=0, atol=1e-6)
+    assert (weights is None) == (kind == "sequence")
+
+
+@pytest.mark.parametrize("arm", ["full", "batch", "row"])
+def test_weights_start_at_one_and_keep_mean_one(arm):
+    context = meta_batch().context
+    torch.testing.assert_close(focalpp(**ARMS[arm]).attention_weights(context), torch.ones(4, 12))
+    weights = shaken(focalpp(**ARMS[arm])).attention_weights(context)
+    torch.testing.assert_close(weights.mean(1), torch.ones(4))
+    assert float(weights.std()) > 1e-3
+    assert float(weights.min()) > 0
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_order_of_the_context_does_not_matter(arm):
+    algorithm, c = shaken(focalpp(**ARMS[arm])), meta_batch().context
+    order = torch.randperm(12, generator=source(3))
+    other = Context(c.observation[:, order], c.action[:, order], c.reward[:, order])
+    torch.testing.assert_close(algorithm.infer(other), algorithm.infer(c))
+    torch.testing.assert_close(algorithm.attention_weights(other), algorithm.attention_weights(c)[:, order])
+    assert float(algorithm.infer(c).abs().max()) < 1 + 1e-6  # tanh saturates to 1 in float32
+
+
+def test_entries_attend_to_each_other_and_a_row_cannot():
+    for tokens, expected in (("entries", 5), ("row", 1)):
+        seen: list[int] = []
+        encoder = focalpp(tokens=tokens).encoder
+        assert isinstance(encoder, AttentionEncoder)
+        encoder.blocks[0].attention.register_forward_hook(lambda m, i, o, seen=seen: seen.append(i[0].shape[1]))
+        encoder(meta_batch().context.rows())
+        assert seen == [expected]
+
+
+def test_key_follows_the_stepped_encoder():
+    algorithm = focalpp(momentum=0.75)
+    before = copies(algorithm.key)
+    algorithm.update(meta_batch())
+    for old, new, query in zip(before, copies(algorithm.key), copies(algorithm.encoder), strict=True):
+        torch.testing.assert_close(new, 0.75 * old + 0.25 * query)
+    assert any(not torch.equal(a, b) for a, b in zip(before, copies(algorithm.encoder), strict=True))
+
+
+def test_dense_rewards_do_not_reach_the_encoder():
+    one, two = focalpp(), focalpp()
+    one.update(meta_batch())
+    two.update(meta_batch(scale=-3.0))
+    assert all(torch.equal(a, b) for a, b in zip(copies(one.encoder), copies(two.encoder), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(copies(one.actor_critic.q), copies(two.actor_critic.q), strict=True)
+    )
+
+
+def test_arms_have_no_parts_that_they_do_not_use():
+    def names(arm: str) -> str:
+        return " ".join(focalpp(**ARMS[arm]).model_state())
+
+    assert "gate" in names("full")
+    assert "attention" in names("full")
+    assert "attention" not in names("batch")
+    assert "gate" not in names("sequence")
+    assert "blocks" not in names("contrastive")
+    assert "key." in names("contrastive")
+    assert "key." not in names("metric")
+    assert (focalpp().batch_sizes().context, focalpp(loss="metric").batch_sizes().context) == (12, 6)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_trains_saves_and_goes_on(arm, tmp_path):
+    whole, first, second = (focalpp(seed, **ARMS[arm]) for seed in (0, 0, 9))
+    for i in range(4):
+        scalars = whole.update(meta_batch(i))
+    assert all(torch.isfinite(value) for value in scalars.values())
+    for i in range(2):
+        first.update(meta_batch(i))
+    second.load_training_state({k: v.clone() for k, v in first.training_state().items()})
+    for i in range(2, 4):
+        second.update(meta_batch(i))
+    state, other = whole.training_state(), second.training_state()
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[k], other[k]) for k in state)
+    save_model(whole, tmp_path, "mine", "focalpp")
+    assert torch.equal(load_model(tmp_path, "cpu").infer(meta_batch().context), whole.infer(meta_batch().context))
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [({"heads": 3}, "heads"), ({"temperature": 0.0}, "temperature"), ({"momentum": 1.5}, "momentum"),
+     ({"coupled": True}, "coupled"), ({"attention": "seq"}, "attention")],
+)  # fmt: skip
+def test_a_wrong_value_is_refused_by_name(values, key):
+    with pytest.raises(UserError, match=key):
+        focalpp(**values)
+
+
+@pytest.mark.parametrize("arm", ["full", "contrastive"])
+def test_two_goals_are_told_apart_and_solved(arm):
+    algorithm = focalpp(
+        meta_batch=8, width=32, actor_rate=3e-3, critic_rate=3e-3, encoder_rate=3e-3, reward_scale=20.0, gamma=0.5,
+        tau=0.05, **ARMS[arm],
+    )  # fmt: skip
+
+    def draw(seed: int) -> tuple[torch.Tensor, ...]:
+        g = source(seed)
+        tasks = torch.randint(2, (8,), generator=g)
+        s, a = torch.rand(8, 32, 2, generator=g) - 0.5, torch.rand(8, 32, 2, generator=g) * 2 - 1
+        return tasks, s, a, -(a[..., 0] - 0.8 * (1.0 - 2 * tasks[:, None])).abs()
+
+    for step in range(500):
+        tasks, s, a, r = draw(step)
+        end = Transitions(s, a, r, s, torch.ones(8, 32))
+        algorithm.update(MetaBatch(tasks, Context(s, a, r), end, lambda: pytest.fail("not needed")))
+    tasks, s, a, r = draw(10**6)
+    chosen = algorithm.act(s, algorithm.infer(Context(s, a, r)))[..., 0].mean(1)
+    assert float((chosen - 0.8 * (1.0 - 2 * tasks)).abs().max()) < 0.25
