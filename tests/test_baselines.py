@@ -13,6 +13,7 @@ from omrl.actor_critic import Transitions
 from omrl.algorithms.base import MetaAlgorithm, MetaBatch, Sizes, create, load_model, save_model
 from omrl.algorithms.bc import cloning_loss
 from omrl.algorithms.bcq import soft_minimum
+from omrl.algorithms.mbml import diagonal_kl, of_tasks, posterior
 from omrl.encoders import Context, gaussian_kl
 from omrl.errors import UserError
 
@@ -27,6 +28,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "pearl-regularized": ("pearl", {"regularization": {"policy": True, "alpha": 5.0}}),
     "bcq": ("bcq", {}),
     "bcq-bellman": ("bcq", {"encoder_by_vae": False}),
+    "mbml": ("mbml", {"tasks": 3, "bcq_steps": 3, "ensemble_width": 16}),  # the fourth update distills
 }
 
 
@@ -81,7 +83,7 @@ def test_training_goes_on_from_a_saved_state_and_a_saved_model_acts_alike(arm, t
     assert float(whole.act(s, z).abs().max()) <= 1
 
 
-@pytest.mark.parametrize("arm", ["bc", "bc-metric", "unicorn", "pearl", "bcq"])
+@pytest.mark.parametrize("arm", ["bc", "bc-metric", "unicorn", "pearl", "bcq", "mbml"])
 def test_two_goals_are_told_apart_and_solved(arm):
     soft = {"actor_rate": 3e-3, "critic_rate": 3e-3, "reward_scale": 20.0, "gamma": 0.5, "encoder_rate": 3e-3}
     own, steps = {
@@ -89,8 +91,12 @@ def test_two_goals_are_told_apart_and_solved(arm):
         "unicorn": (soft, 500),
         "pearl": (soft, 1500),  # Bellman gradients alone: the critic ignores z for a while
         "bcq": ({"rate": 3e-3, "gamma": 0.5, "reward_scale": 2.0, "perturbation": 0.3, "encoder_rate": 1e-3}, 600),
+        "mbml": (
+            {"rate": 3e-3, "gamma": 0.5, "reward_scale": 2.0, "vae_kl": 0.02, "perturbation": 0.3, "bcq_steps": 500},
+            900,
+        ),
     }[ARMS[arm][0]]
-    algorithm: MetaAlgorithm = make(arm, meta_batch=8, width=32, encoder_width=32, **own)
+    algorithm: MetaAlgorithm = make(arm, **({"meta_batch": 8, "width": 32, "encoder_width": 32} | own))
     imitates = ARMS[arm][0] == "bc"
 
     def draw(seed: int) -> tuple[torch.Tensor, ...]:
@@ -247,7 +253,7 @@ def test_vae_loss_by_hand():
     mean, log_std = learner.encode(torch.cat([state, action], -1)).double().split(4, dim=-1)
     found = learner.generate(state, (mean + log_std.exp() * noise).float()).double()
     kl = 0.5 * (mean**2 + (2 * log_std).exp() - 1 - 2 * log_std).mean()
-    expected = float((found - action).square().mean() + 0.5 * kl)
+    expected = ((found - action).square().mean() + 0.5 * kl).item()
     assert learner.vae_loss(state, action, noise).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -270,3 +276,67 @@ def test_only_bellman_gradients_where_the_vae_shall_not_train_the_encoder():
         (gradient,) = torch.autograd.grad(losses["vae"], z, retain_graph=True, allow_unused=True)
         assert (gradient is not None and float(gradient.abs().sum()) > 0) == moves
         assert float(torch.autograd.grad(losses["q"], z)[0].abs().sum()) > 0
+
+
+# --- MBML ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_uses_its_own_networks():
+    stack, g = make("mbml").teachers.shift, source(0)
+    x, places = torch.randn(4, 5, 4, generator=g), torch.tensor([2, 0, 0, 1])
+    everyone = stack(x.reshape(20, 4)).view(3, 4, 5, 2)
+    found = of_tasks(stack, x, places)
+    for i, place in enumerate(places):
+        torch.testing.assert_close(found[i], everyone[place, i])
+
+
+def test_posterior_and_divergence_by_hand():
+    factors, mask = torch.randn(2, 6, 8, generator=source(0)).double(), torch.tensor([[1.0] * 6, [1, 0, 1, 0, 0, 0]])
+    mean, variance = posterior(factors, mask.double())
+    mu, s2 = factors[1, [0, 2], :4], torch.nn.functional.softplus(factors[1, [0, 2], 4:])
+    torch.testing.assert_close(variance[1], 1 / (1 / s2).sum(0))
+    torch.testing.assert_close(mean[1], variance[1] * (mu / s2).sum(0))
+    one, two = (torch.distributions.Normal(m, v.sqrt()) for m, v in zip(mean, variance, strict=True))
+    expected = torch.distributions.kl_divergence(one, two).sum()
+    torch.testing.assert_close(diagonal_kl((mean[0], variance[0]), (mean[1], variance[1])), expected)
+
+
+def test_relabelled_rows_carry_the_other_tasks_rewards():
+    algorithm, batch = make("mbml", threshold=1e9), meta_batch()
+    rows, usable = algorithm.relabelled(batch.context, batch.tasks)
+    assert rows.shape == (4, 4, 12, 5)
+    assert usable.sum(-1).tolist() == [[0, 12, 12, 12], [12, 0, 0, 12], [12, 0, 0, 12], [12, 12, 12, 0]]
+    members = range(5)
+    for i, j in ((0, 3), (3, 1)):
+        torch.testing.assert_close(rows[i, j, :, :4], batch.context.rows()[j, :, :4])
+        x = batch.context.rows()[j, :, :4]
+        means = algorithm.teachers.models(x)[[int(batch.tasks[i]) * 5 + k for k in members], :, 0].mean(0)
+        torch.testing.assert_close(rows[i, j, :, 4], means)
+    assert float(make("mbml", threshold=1e-9).relabelled(batch.context, batch.tasks)[1].sum()) == 0
+
+
+def test_triplet_without_usable_rows_is_the_margin():
+    algorithm, g = make("mbml", margin=2.0), source(0)
+    own, moved = torch.randn(4, 12, 6, generator=g), torch.randn(4, 4, 12, 6, generator=g)
+    different = ~torch.eye(4, dtype=torch.bool)
+    assert algorithm.triplet_loss(own, moved, torch.zeros(4, 4, 12), different).item() == 2.0
+    # j's rows with i's rewards embed as i's own rows do: the anchor is the positive, far from the negative
+    own = torch.cat([torch.arange(4.0)[:, None, None].expand(4, 12, 3) * 10, torch.zeros(4, 12, 3)], dim=-1)
+    moved = own.unsqueeze(1).expand(4, 4, 12, 6)
+    assert algorithm.triplet_loss(own, moved, torch.ones(4, 4, 12), different).item() == 0.0
+
+
+def test_phases_follow_each_other_and_teachers_rest_in_the_second():
+    algorithm = make("mbml", bcq_steps=2)
+    phases = []
+    for i in range(4):
+        before = copies(algorithm.teachers), copies(algorithm.student)
+        phases.append(int(algorithm.update(meta_batch(i))["phase"]))
+        assert same(before[0], copies(algorithm.teachers)) == (i >= 2)
+        assert same(before[1], copies(algorithm.student)) == (i < 2)
+    assert phases == [1, 1, 2, 2]
+
+
+def test_too_few_tasks_are_named():
+    with pytest.raises(UserError, match=r"mbml.tasks = 2: expected the number of training tasks"):
+        make("mbml", tasks=2).update(meta_batch())

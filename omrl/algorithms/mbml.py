@@ -1,0 +1,411 @@
+"""MBML: Multi-task Batch RL with Metric Learning (Li et al., NeurIPS 2020 workshop and release): distilled BCQ.
+
+Two phases in one training run:
+
+1. the first ``bcq_steps`` updates: one BCQ per training task, none knowing of another, and per task an ensemble of
+   reward models (with next-state models where tasks differ in dynamics);
+2. then distillation into one context-conditioned BCQ: Q, decoder and perturbation regress what the task's own
+   networks say. The context encoder is a product of Gaussians, trained by the Q regression, a KL to N(0, I), and
+   the triplet loss over relabelled transitions:
+
+       mean over i != j of relu(KL(q(j's rows with i's rewards) || q(i's rows))
+                                - KL(q(j's rows with i's rewards) || q(j's rows)) + margin)
+
+   i's rewards on j's rows are the mean of ensemble i; rows whose members disagree (standard deviation at or above
+   ``threshold``) are left out. The context that the student acts on holds as many relabelled rows as true ones.
+
+All tasks' networks are one stack, and an update touches those of the drawn tasks by batched matrix products.
+
+Differs from the release:
+
+* Meta-batches with replacement, Adam steps of the whole stack (a task that was not drawn has a zero gradient);
+  there every step uses all tasks, and phase 1 trains tasks one after the other.
+* The last BCQ is distilled; there the best of several by true returns, which is selection on the environment.
+* Networks of 3 x 256 and ensembles of 5; there 7 to 9 x 1024 and 20.
+* The ensembles train in the same updates as the BCQs.
+* Closed-form KL of diagonal Gaussians in logarithms; the release's product of ratios overflows at 20 dimensions.
+* Pairs without a usable row count as the constant margin, as there; too few usable rows for the context are
+  filled by nothing, there it crashes.
+* Acting is deterministic, see ``omrl.algorithms.bcq``; the release samples z and adapts online (``online-prior``).
+
+Known failure: returns of 0 on Sparse-Point-Robot in FOCAL's experiments. It needs as much phase 1 as a single-task
+method; ``phase`` in the curves tells which scalars belong to which.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from omrl.actor_critic import Transitions, adam, join
+from omrl.algorithms.base import BatchSizes, MetaAlgorithm, MetaBatch, Sizes
+from omrl.algorithms.bcq import soft_minimum
+from omrl.config import Config
+from omrl.encoders import Context, gaussian_kl
+from omrl.errors import UserError
+from omrl.nets import Mlp
+
+
+class MbmlConfig(Config):
+    """MBML.
+
+    Attributes:
+        tasks: training tasks; the same as ``tasks.train``.
+        bcq_steps: updates of phase 1; the rest of ``meta_train.steps`` is distillation.
+        latent_dim: of z; 20 in the release.
+        encoder_width, encoder_depth: of the context encoder.
+        width, depth: hidden layers of teachers and student.
+        ensemble, ensemble_width: reward models per task, one hidden layer each.
+        rate: Adam, everything.
+        gamma, reward_scale: as in FOCAL, by environment.
+        tau, soft_min, candidates, perturbation, vae_latent, vae_clip, vae_kl: of the BCQs, see ``BcqConfig``.
+        threshold: largest standard deviation of the ensemble's reward in a usable row.
+        next_threshold: the same of the mean next-state prediction.
+        margin: of the triplet loss.
+        kl_weight: of the KL to the prior.
+        meta_batch: tasks per update, drawn with replacement.
+        rl_batch, context_batch: transitions per drawn task.
+    """
+
+    tasks: Annotated[int, Field(ge=2)]
+    bcq_steps: Annotated[int, Field(ge=0)] = 5000
+    latent_dim: Annotated[int, Field(ge=1, le=1024)] = 20
+    encoder_width: Annotated[int, Field(ge=1)] = 200
+    encoder_depth: Annotated[int, Field(ge=1)] = 3
+    width: Annotated[int, Field(ge=1)] = 256
+    depth: Annotated[int, Field(ge=1)] = 3
+    ensemble: Annotated[int, Field(ge=2)] = 5
+    ensemble_width: Annotated[int, Field(ge=1)] = 128
+    rate: Annotated[float, Field(gt=0)] = 3e-4
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.99
+    reward_scale: Annotated[float, Field(gt=0)] = 1.0
+    tau: Annotated[float, Field(gt=0, le=1)] = 0.005
+    soft_min: Annotated[float, Field(ge=0, le=1)] = 0.75
+    candidates: Annotated[int, Field(ge=1)] = 10
+    perturbation: Annotated[float, Field(ge=0, le=2)] = 0.05
+    vae_latent: Annotated[int, Field(ge=1)] = 2
+    vae_clip: Annotated[float, Field(gt=0)] = 0.5
+    vae_kl: Annotated[float, Field(ge=0)] = 0.5
+    threshold: Annotated[float, Field(gt=0)] = 0.1
+    next_threshold: Annotated[float, Field(gt=0)] = 0.2
+    margin: Annotated[float, Field(ge=0)] = 2.0
+    kl_weight: Annotated[float, Field(ge=0)] = 0.1
+    meta_batch: Annotated[int, Field(ge=2)] = 16
+    rl_batch: Annotated[int, Field(ge=1)] = 128
+    context_batch: Annotated[int, Field(ge=1)] = 64
+
+
+def of_tasks(stack: Mlp, x: Tensor, places: Tensor) -> Tensor:
+    """Return the outputs [m, n, outputs] of the networks ``places`` [m] of a stack for x [m, n, inputs]."""
+    for layer, (weight, bias) in enumerate(zip(stack.weights, stack.biases, strict=True)):
+        x = torch.baddbmm(bias[places], torch.relu(x) if layer else x, weight[places])
+    return x
+
+
+def posterior(factors: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance [..., latent] of a product of Gaussians, one per row.
+
+    Args:
+        factors: [..., n, 2 * latent], means and raw scales; variance = softplus(raw scale).
+        mask: [..., n], 1 for the rows that count; with none, the result is N(0, 1e7).
+    """
+    mean, scale = factors.chunk(2, dim=-1)
+    precision = mask.unsqueeze(-1) / functional.softplus(scale).clamp(min=1e-7)
+    variance = 1 / precision.sum(-2).clamp(min=1e-7)
+    return variance * (precision * mean).sum(-2), variance
+
+
+def diagonal_kl(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> Tensor:
+    """Return KL(one || two) of diagonal Gaussians given as (mean, variance), summed over the last axis."""
+    (m1, v1), (m2, v2) = one, two
+    return 0.5 * ((v1 + (m1 - m2).square()) / v2 - 1 + v2.log() - v1.log()).sum(-1)
+
+
+class Teachers(nn.Module):
+    """One BCQ and one ensemble per task, stacked."""
+
+    def __init__(self, config: MbmlConfig, sizes: Sizes, generator: torch.Generator) -> None:
+        super().__init__()
+        hidden, count = [config.width] * config.depth, config.tasks
+        s, a = sizes.observation, sizes.action
+        latent = config.vae_latent * a
+        self.encode = Mlp(s + a, hidden, 2 * latent, generator, count)
+        self.decode = Mlp(s + latent, hidden, a, generator, count)
+        self.shift = Mlp(s + a, hidden, a, generator, count)
+        self.q = Mlp(s + a, hidden, 1, generator, 2 * count)  # critic k of task i has place k * tasks + i
+        self.target_shift = copy.deepcopy(self.shift).requires_grad_(False)
+        self.target_q = copy.deepcopy(self.q).requires_grad_(False)
+        outputs = 1 + (s if sizes.context_next_observation else 0)
+        self.models = Mlp(s + a, [config.ensemble_width], outputs, generator, count * config.ensemble)
+
+
+class Student(nn.Module):
+    """The distilled BCQ, conditioned on z, and the context encoder."""
+
+    latents: Tensor
+    steps: Tensor
+
+    def __init__(self, config: MbmlConfig, sizes: Sizes, generator: torch.Generator) -> None:
+        super().__init__()
+        hidden = [config.width] * config.depth
+        s, a, latent = sizes.observation + config.latent_dim, sizes.action, config.vae_latent * sizes.action
+        self.q = Mlp(s + a, hidden, 1, generator)
+        self.decode = Mlp(s + latent, hidden, a, generator)
+        self.shift = Mlp(s + a, hidden, a, generator)
+        self.encoder = Mlp(
+            sizes.context, [config.encoder_width] * config.encoder_depth, 2 * config.latent_dim, generator
+        )
+        drawn = torch.randn(config.candidates, latent, generator=generator)
+        self.register_buffer("latents", drawn.clamp(-config.vae_clip, config.vae_clip))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+
+class Mbml(MetaAlgorithm):
+    """See the module's docstring."""
+
+    CONFIG = MbmlConfig
+
+    def __init__(self, config: MbmlConfig, sizes: Sizes, seed: int, device: str = "auto") -> None:
+        super().__init__(config, sizes, seed, device)
+        self.settings = config
+        self.teachers = Teachers(config, sizes, self.generator).to(self.device)
+        self.student = Student(config, sizes, self.generator).to(self.device)
+        noise_seed = int(torch.randint(2**31, (1,), generator=self.generator).item())
+        self.noise = torch.Generator(self.device).manual_seed(noise_seed)
+        teachers = self.teachers
+        self._optimizers = {
+            "teachers": adam(
+                [
+                    *teachers.encode.parameters(),
+                    *teachers.decode.parameters(),
+                    *teachers.q.parameters(),
+                    *teachers.models.parameters(),
+                ],
+                config.rate,
+            ),
+            "teachers_shift": adam(teachers.shift.parameters(), config.rate),
+            "student": adam(self.student.parameters(), config.rate),
+        }
+
+    def batch_sizes(self) -> BatchSizes:
+        """Return what an update wants to draw."""
+        return BatchSizes(self.settings.meta_batch, self.settings.context_batch, self.settings.rl_batch)
+
+    def _latents(self, *shape: int) -> Tensor:
+        clip = self.settings.vae_clip
+        return torch.randn(shape, generator=self.noise, device=self.device).clamp(-clip, clip)
+
+    def _perturbed(self, stack: Mlp, state: Tensor, action: Tensor, tasks: Tensor) -> Tensor:
+        raw = of_tasks(stack, torch.cat([state, action], dim=-1), tasks)
+        return (action + self.settings.perturbation * torch.tanh(raw)).clamp(-1, 1)
+
+    def _decoded(self, state: Tensor, latent: Tensor, tasks: Tensor) -> Tensor:
+        return torch.tanh(of_tasks(self.teachers.decode, torch.cat([state, latent], dim=-1), tasks))
+
+    def _critics(self, q: Mlp, rows: Tensor, tasks: Tensor) -> Tensor:
+        """Return both critics' values, [2, m, n]."""
+        both = of_tasks(q, rows.repeat(2, 1, 1), torch.cat([tasks, tasks + self.settings.tasks]))
+        return both.view(2, *rows.shape[:2])
+
+    # --- phase 1 -----------------------------------------------------------------------------------------------
+
+    def model_error(self, context: Context, tasks: Tensor) -> Tensor:
+        """Return the ensembles' squared error on the context's rewards (and next states), a mean over members."""
+        wanted = context.reward.unsqueeze(-1)
+        if context.next_observation is not None:
+            wanted = torch.cat([wanted, context.next_observation], dim=-1)
+        return (self._predictions(context, tasks) - wanted.unsqueeze(1)).square().mean()
+
+    def _predictions(self, context: Context, tasks: Tensor) -> Tensor:
+        """Return every member's prediction, [m, members, n, outputs], of task ``tasks`` for its row of contexts."""
+        members, (m, n) = self.settings.ensemble, context.reward.shape
+        rows = torch.cat([context.observation, context.action], dim=-1)
+        rows = rows.unsqueeze(1).expand(m, members, n, rows.shape[-1]).reshape(m * members, n, -1)
+        places = (tasks[:, None] * members + torch.arange(members, device=tasks.device)).reshape(-1)
+        return of_tasks(self.teachers.models, rows, places).view(m, members, n, -1)
+
+    def teacher_target(self, batch: Transitions, tasks: Tensor, latents: Tensor) -> Tensor:
+        """Return y [m, n] of the tasks' own BCQs for latents [m, n * candidates, latent]."""
+        config, teachers = self.settings, self.teachers
+        with torch.no_grad():
+            m, n = batch.reward.shape
+            state = batch.next_observation.repeat_interleave(config.candidates, dim=1)
+            action = self._perturbed(teachers.target_shift, state, self._decoded(state, latents, tasks), tasks)
+            rows = torch.cat([state, action], dim=-1)
+            values = self._critics(teachers.target_q, rows, tasks)
+            best = soft_minimum(values, config.soft_min).view(m, n, config.candidates).amax(-1)
+            return config.reward_scale * batch.reward + config.gamma * (1 - batch.terminal) * best
+
+    def _teach(self, batch: MetaBatch) -> dict[str, Tensor]:
+        config, teachers, tasks, t = self.settings, self.teachers, batch.tasks, batch.transitions
+        m, n = t.reward.shape
+        latent = teachers.encode.biases[-1].shape[-1] // 2
+        pair = torch.cat([t.observation, t.action], dim=-1)
+        mean, log_std = of_tasks(teachers.encode, pair, tasks).chunk(2, dim=-1)
+        log_std = log_std.clamp(-4, 15)
+        noise = torch.randn(mean.shape, generator=self.noise, device=self.device)
+        found = self._decoded(t.observation, mean + log_std.exp() * noise, tasks)
+        kl = -0.5 * (1 + 2 * log_std - mean.square() - (2 * log_std).exp()).mean()
+        vae = (found - t.action).square().mean() + config.vae_kl * kl
+        y = self.teacher_target(t, tasks, self._latents(m, n * config.candidates, latent))
+        q = self._critics(teachers.q, pair, tasks)
+        q_loss = (q - y).square().mean((1, 2)).sum()
+        model = self.model_error(batch.context, tasks)
+        self._step("teachers", vae + q_loss + model)
+        with torch.no_grad():
+            sampled = self._decoded(t.observation, self._latents(m, n, latent), tasks)
+        teachers.q.requires_grad_(False)
+        moved = self._perturbed(teachers.shift, t.observation, sampled, tasks)
+        value = of_tasks(teachers.q, torch.cat([t.observation, moved], dim=-1), tasks).mean()
+        teachers.q.requires_grad_(True)
+        self._step("teachers_shift", -value)
+        with torch.no_grad():
+            for target, online in ((teachers.target_q, teachers.q), (teachers.target_shift, teachers.shift)):
+                torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), config.tau)
+        return {"vae_loss": vae, "q_loss": q_loss, "model_loss": model, "q_mean": value}
+
+    def _step(self, name: str, loss: Tensor) -> None:
+        optimizer = self._optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    # --- phase 2 -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def relabelled(self, context: Context, tasks: Tensor) -> tuple[Tensor, Tensor]:
+        """Return every drawn task's rows under every drawn task's models.
+
+        Returns:
+            Rows [i, j, n, width]: those of j with i's rewards (and next states); usable [i, j, n], 1 where the
+            ensemble agrees and i and j are different tasks.
+        """
+        m, n = context.reward.shape
+        s, a, r = (
+            x.reshape(1, m * n, -1).expand(m, m * n, -1)
+            for x in (context.observation, context.action, context.reward.unsqueeze(-1))
+        )
+        everything = Context(s, a, r.squeeze(-1))
+        found = self._predictions(everything, tasks)
+        mean, std = found.mean(1), found.std(1)
+        usable = std[..., 0] < self.settings.threshold
+        following = None
+        if context.next_observation is not None:
+            usable &= std[..., 1:].mean(-1) < self.settings.next_threshold
+            following = mean[..., 1:]
+        rows = Context(everything.observation, everything.action, mean[..., 0], following).rows()
+        different = tasks[:, None] != tasks[None, :]
+        return rows.view(m, m, n, -1), (usable.view(m, m, n) & different.unsqueeze(-1)).float()
+
+    def triplet_loss(self, own: Tensor, moved: Tensor, usable: Tensor, different: Tensor) -> Tensor:
+        """Return the triplet loss over ordered pairs of different tasks.
+
+        Args:
+            own: factors of the true rows, [m, n, 2 * latent].
+            moved: factors of j's rows with i's rewards, [i, j, n, 2 * latent].
+            usable: [i, j, n].
+            different: bool [i, j].
+        """
+        m, n, _ = own.shape
+        anchor = posterior(moved, usable)
+        negative = posterior(own.unsqueeze(0).expand(m, *own.shape), usable)
+        # as many true rows of i as the anchor has: rows are in random order
+        first = (torch.arange(n, device=own.device) < usable.sum(-1, keepdim=True)).float()
+        positive = posterior(own.unsqueeze(1).expand(m, m, *own.shape[1:]), first)
+        gap = diagonal_kl(anchor, positive) - diagonal_kl(anchor, negative)
+        gap = torch.where(usable.sum(-1) > 0, gap, torch.zeros_like(gap))
+        return torch.relu(gap + self.settings.margin)[different].mean() if different.any() else gap.new_zeros(())
+
+    def _distill(self, batch: MetaBatch) -> dict[str, Tensor]:
+        config, student, tasks, t = self.settings, self.student, batch.tasks, batch.transitions
+        m, n = batch.context.reward.shape
+        rows, usable = self.relabelled(batch.context, tasks)
+        true = batch.context.rows()
+        factors = student.encoder(torch.cat([true.reshape(m * n, -1), rows.reshape(m * m * n, -1)]))
+        own, moved = factors[: m * n].view(m, n, -1), factors[m * n :].view(m, m, n, -1)
+        triplet = self.triplet_loss(own, moved, usable, tasks[:, None] != tasks[None, :])
+        # the context: the true rows and as many usable ones of other tasks
+        score = torch.rand((m, m * n), generator=self.noise, device=self.device) + usable.view(m, m * n)
+        top, chosen = score.topk(n, dim=1)
+        others = moved.view(m, m * n, -1).gather(1, chosen.unsqueeze(-1).expand(m, n, moved.shape[-1]))
+        mask = torch.cat([torch.ones_like(top), (top >= 1).float()], dim=1)
+        mean, variance = posterior(torch.cat([own, others], dim=1), mask)
+        kl = gaussian_kl(mean, variance, 1.0)
+        noise = torch.randn(mean.shape, generator=self.noise, device=self.device)
+        z = mean + variance.sqrt() * noise
+        teachers = self.teachers
+        with torch.no_grad():
+            pair = torch.cat([t.observation, t.action], dim=-1)
+            value = of_tasks(teachers.q, pair, tasks).reshape(-1)
+            latent = self._latents(*t.observation.shape[:2], student.latents.shape[-1])
+            action = self._decoded(t.observation, latent, tasks)
+            raw = of_tasks(teachers.shift, torch.cat([t.observation, action], dim=-1), tasks)
+            shift = torch.tanh(raw).reshape(-1, action.shape[-1])
+            action = action.reshape(-1, action.shape[-1])
+        wide, bare = join(t.observation, z), join(t.observation, z.detach())
+        q = student.q(torch.cat([wide, t.action.reshape(len(wide), -1)], dim=-1)).squeeze(-1)
+        q_loss = (q - value).square().mean()
+        decoded = torch.tanh(student.decode(torch.cat([bare, latent.reshape(len(bare), -1)], dim=-1)))
+        shifted = torch.tanh(student.shift(torch.cat([bare, action], dim=-1)))
+        imitation = (decoded - action).square().mean() + (shifted - shift).square().mean()
+        self._step("student", q_loss + triplet + config.kl_weight * kl + imitation)
+        return {
+            "triplet_loss": triplet, "usable": usable.mean(), "kl": kl, "distill_q_loss": q_loss,
+            "distill_action_loss": imitation, "z_rms": z.square().mean().sqrt(), "q_mean": q.mean(),
+        }  # fmt: skip
+
+    def update(self, batch: MetaBatch) -> dict[str, Tensor]:
+        """Take one gradient step of the phase that this step belongs to; the other phase's scalars are 0."""
+        if int(batch.tasks.max()) >= self.settings.tasks:
+            raise UserError(
+                f"params.yaml: algorithms: mbml.tasks = {self.settings.tasks}: expected the number of training tasks, "
+                f"there is a task {int(batch.tasks.max())}"
+            )
+        teaching = int(self.student.steps) < self.settings.bcq_steps
+        found = self._teach(batch) if teaching else self._distill(batch)
+        self.student.steps += 1
+        names = ("vae_loss", "q_loss", "model_loss", "triplet_loss", "usable", "kl", "distill_q_loss",
+                 "distill_action_loss", "z_rms", "q_mean")  # fmt: skip
+        zero = torch.zeros((), device=self.device)
+        return {name: found.get(name, zero).detach() for name in names} | {"phase": zero + (1 if teaching else 2)}
+
+    @torch.no_grad()
+    def infer(self, context: Context) -> Tensor:
+        """Return the posterior mean [tasks, latent]."""
+        rows = context.rows()
+        factors = self.student.encoder(rows.reshape(-1, rows.shape[-1])).view(*rows.shape[:2], -1)
+        return posterior(factors, torch.ones_like(rows[..., 0]))[0]
+
+    @torch.no_grad()
+    def act(self, observation: Tensor, z: Tensor) -> Tensor:
+        """Return the best of the perturbed candidates, [tasks, n, action]."""
+        tasks, n, _ = observation.shape
+        student, count = self.student, self.settings.candidates
+        state = join(observation, z).repeat_interleave(count, dim=0)
+        latents = student.latents.repeat(tasks * n, 1)
+        action = torch.tanh(student.decode(torch.cat([state, latents], dim=-1)))
+        shift = torch.tanh(student.shift(torch.cat([state, action], dim=-1)))
+        action = (action + self.settings.perturbation * shift).clamp(-1, 1)
+        best = student.q(torch.cat([state, action], dim=-1)).view(tasks * n, count).argmax(1)
+        return action.view(tasks * n, count, -1)[torch.arange(tasks * n, device=z.device), best].view(tasks, n, -1)
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Return teachers and student."""
+        return {"teachers": self.teachers, "student": self.student}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the optimizers by name."""
+        return dict(self._optimizers)
+
+    def generators(self) -> dict[str, torch.Generator]:
+        """Return the stream of latents and draws."""
+        return {"noise": self.noise}
+
+
+CONFIG = MbmlConfig
+ALGORITHM = Mbml
