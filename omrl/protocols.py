@@ -45,6 +45,9 @@ PROTOCOLS = {
 }
 
 
+FORMS = ("one-minus-distance", "eq35")  # of the sparse reward, by the name of the environments' ``sparse_reward``
+
+
 class ProtocolConfig(Config):
     """The part of section ``evaluate`` that protocols read.
 
@@ -137,12 +140,34 @@ def run_episodes(
     }
 
 
+def restated(family: Family) -> Family | None:
+    """Return the family with the other form of the sparse reward (1 - d, or Eq. 35), None where there is one form.
+
+    FOCAL++ mixes the two: it defines Eq. 35 and prints returns that only 1 - d allows.
+    """
+    config = family.config.resolved()
+    if family.returns != "sparse" or family.feature_size or config.get("sparse_reward") not in FORMS:
+        return None
+    other = next(form for form in FORMS if form != config["sparse_reward"])
+    if other == "one-minus-distance" and config["radius"] > 1:  # 1 - d is negative inside such a disc
+        return None
+    return type(family)(type(family).CONFIG(**{**config, "sparse_reward": other}))
+
+
 class _Record:
     """Rows of the episodes table."""
 
     def __init__(self, family: Family, tasks: Sequence[dict[str, Any]], config: ProtocolConfig) -> None:
-        self.family, self.tasks, self.config = family, tasks, config
+        self.family, self.tasks, self.config, self.other = family, tasks, config, restated(family)
         self.rows: list[dict[str, Any]] = []
+
+    def _restated(self, place: int, ran: dict[str, NDArray[Any]]) -> float:
+        if self.other is None:
+            return float("nan")
+        path, action = ran["observation"][place], ran["action"][place]
+        none = np.zeros((len(action), 0), dtype=np.float32)
+        _, sparse = self.other.reward(self.tasks[place]["parameters"], path[:-1], action, path[1:], none)
+        return float(sparse[ran["alive"][place]].sum())
 
     def add(self, repetition: int, episode: int, sizes: Sequence[int], ran: dict[str, NDArray[Any]]) -> None:
         reported = ran["sparse" if self.family.returns == "sparse" else "dense"]
@@ -159,6 +184,7 @@ class _Record:
                     "dense_return": float(ran["dense"][place]),
                     "sparse_return": float(ran["sparse"][place]),
                     "normalized": float(self.family.normalize(task, reported[place])),
+                    "restated_return": self._restated(place, ran),
                 }
             )
 

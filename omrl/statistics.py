@@ -86,3 +86,47 @@ def summarize(
         array.shape[0],
         array.shape[1],
     )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one cell's mean is from another's on the same tasks.
+
+    Attributes:
+        mean: first minus second.
+        low, high: bootstrap interval of it.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def supported(self) -> bool:
+        """Do the data tell the two apart, that is, does the interval leave out 0?"""
+        return self.low > 0 or self.high < 0
+
+
+def compare(
+    first: NDArray[np.float64],
+    second: NDArray[np.float64],
+    samples: int,
+    confidence: float,
+    rng: np.random.Generator,
+) -> Difference:
+    """Compare scores [seeds, tasks] of two cells on the same tasks, by a paired bootstrap.
+
+    In every replicate the tasks are drawn once for both, and for each drawn task the seeds of either one: the tasks'
+    difficulty, which both share, does not blur the difference.
+    """
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(f"scores of {first.shape[1]} and {second.shape[1]} tasks: expected the same tasks")
+    tasks = first.shape[1]
+    found = np.empty(samples)
+    for i in range(samples):
+        drawn = rng.integers(tasks, size=tasks)
+        one, two = (x[rng.integers(len(x), size=(len(x), tasks)), drawn].mean() for x in (first, second))
+        found[i] = one - two
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(found, [tail, 1 - tail])
+    return Difference(float(first.mean() - second.mean()), float(low), float(high))

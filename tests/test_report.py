@@ -28,7 +28,9 @@ CONFIG = ReportConfig(bootstrap_samples=100, published="focal-table-6")
 LEVELS = ("expert", "random")
 
 
-def value(train: str, test: str, seed: int, task: int) -> float:
+def value(algorithm: str, train: str, test: str, seed: int, task: int) -> float:
+    if algorithm == "focalpp":
+        return 9.0 + 5.0 * (task == 4)
     return {"expert": 10.0, "random": 2.0}[train] - (3.0 if train != test else 0.0) + 0.1 * seed + 0.02 * task
 
 
@@ -44,7 +46,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     write_json("data/tasks/all.json", {"train": [0, 1, 2, 3], "test": [4, 5], "tasks": tasks})
     evaluations = [
         {"algorithm": "focal", "train": a, "test": b, "seed": s} for a in LEVELS for b in LEVELS for s in (0, 1)
-    ]
+    ] + [{"algorithm": "focalpp", "train": "expert", "test": "expert", "seed": 0}]
     write_json("data/plan/cells.json", {"evaluations": evaluations, "datasets": LEVELS, "shards": {"all": [0, 5]}})
     for i in range(6):
         write_text(f"data/behavior/all/task={i:03d}/progress.csv", f"step,return\n0,0\n100,{5 + i}\n")
@@ -76,8 +78,8 @@ def folder(tmp_path, monkeypatch) -> Path:
             {
                 "task": t["index"], "split": t["split"], "repetition": r, "episode": e,
                 "context_transitions": 20 * (e + 1), "counted": e == 1, "protocol": "offline-context",
-                "return": value(cell["train"], cell["test"], cell["seed"], t["index"]) if e else -1.0,
-                "normalized": 0.5,
+                "return": value(*cell.values(), t["index"]) if e else -1.0,
+                "normalized": 0.5, "restated_return": 4.0 if cell["algorithm"] == "focal" else float("nan"),
             }
             for t in tasks for r in range(2) for e in range(2)
         ]  # fmt: skip
@@ -106,8 +108,14 @@ def folder(tmp_path, monkeypatch) -> Path:
                 }
             ),
         )
-        write_json(target / "diagnostics.json", {"esr": 0.5, "rms": 1.0, "embedding_variance": 0.01})
-        write_text(target / "curve.csv", "step,metric_loss,q_loss\n10,3.0,2.0\n20,2.0,1.0\n")
+        attended = {"auc": 0.9, "rewarded": 1.5, "unrewarded": 0.5, "edges": [0.0, 1.0, 2.0],
+                    "counts": {"rewarded": [0, 3], "unrewarded": [3, 0]}}  # fmt: skip
+        curve = {"ratios": [0.0, 1.0], "variance": [0.1, 0.01], "threshold": 0.6, "tasks": 4}
+        weighs = cell["algorithm"] == "focalpp"
+        diagnostics = {"esr": 0.5, "rms": 1.0, "embedding_variance": 0.01, "attention": attended if weighs else None,
+                       "sparsity": curve if weighs else None}  # fmt: skip
+        write_json(target / "diagnostics.json", diagnostics)
+        write_text(target / "curve.csv", "step,metric_loss,q_loss,q_mean\n10,3.0,2.0,-8.0\n20,2.0,1.0,4.0\n")
         write_manifest(
             target,
             kind="evaluation",
@@ -135,7 +143,7 @@ def build(folder: Path) -> Path:
 
 def test_results_hold_the_counted_episodes_of_test_tasks(folder):
     results = pd.read_csv(build(folder) / "results.csv")
-    assert len(results) == 2 * 2 * 2 * 2 * 2
+    assert len(results) == 2 * 2 * 2 * 2 * 2 + 4  # a cell of focalpp
     assert set(results["task"]) == {4, 5}
     assert results["return"].min() > -1  # the uncounted episodes have -1
 
@@ -143,7 +151,7 @@ def test_results_hold_the_counted_episodes_of_test_tasks(folder):
 def test_metrics_are_means_over_tasks_and_seeds(folder):
     metrics = json.loads((build(folder) / "metrics.json").read_text())
     cell = metrics["focal"]["expert"]["random"]
-    expected = np.mean([value("expert", "random", s, t) for s in (0, 1) for t in (4, 5)])
+    expected = np.mean([value("focal", "expert", "random", s, t) for s in (0, 1) for t in (4, 5)])
     assert cell["mean"] == pytest.approx(expected)
     assert cell["ci_low"] <= cell["mean"] <= cell["ci_high"]
     assert cell["n"] == 4
@@ -154,21 +162,50 @@ def test_metrics_are_means_over_tasks_and_seeds(folder):
 def test_the_table_has_published_numbers_drops_and_references(folder):
     text = (build(folder) / "results.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| focal | expert | random"))
-    assert [part.strip() for part in row.split("|")][8:11] == ["3.00", "4.43", "+2.71"]
+    assert [part.strip() for part in row.split("|")][8:12] == ["3.00", "", "4.00", "4.43"]
+    assert row.endswith("| +2.71 |")
     assert "| *oracle* |" in text
     assert "Table 6" in text
     assert "offline-context" in text
+
+
+def test_rivals_are_compared_on_the_same_tasks_and_unsupported_differences_marked(folder):
+    build(folder)
+    rows = [line for line in (folder / "reports/results.md").read_text().splitlines() if "expert | expert" in line]
+    # focal: 10.08, 10.10 and 0.1 more with seed 1; focalpp: 14 and 9 on the same two tasks
+    assert rows[0].startswith("| focal |")
+    assert rows[0].count(" ~ |") == 1
+    assert "| best |" in rows[1]
+    found = json.loads((folder / "reports/metrics.json").read_text())
+    behind = found["focal"]["expert"]["expert"]["behind_best"]
+    assert behind["mean"] == pytest.approx(10.14 - 11.5)
+    assert behind["low"] == pytest.approx(10.08 - 14, abs=0.11)
+    assert behind["high"] == pytest.approx(10.2 - 9, abs=0.11)
+
+
+def test_diagnostics_of_the_papers_are_in_the_metrics(folder):
+    build(folder)
+    found = json.loads((folder / "reports/metrics.json").read_text())
+    plus = found["focalpp"]["expert"]["expert"]
+    assert (plus["attention_auc"], plus["weight_rewarded"], plus["sparsity_threshold"]) == (0.9, 1.5, 0.6)
+    assert (plus["q_mean_last"], plus["q_mean_largest"]) == (4.0, 8.0)
+    assert "restated" not in plus
+    assert found["focal"]["expert"]["expert"]["restated"] == 4.0
+    page = (folder / "reports/index.html").read_text()
+    for title in ("Attention of the context encoder", "Embedding variance against sparsity", "as Eq. 35"):
+        assert title in page
 
 
 def test_the_page_needs_nothing_else_and_shows_every_picture(folder):
     reports = build(folder)
     html = (reports / "index.html").read_text()
     pictures = sorted(p.stem for p in (reports / "figures").iterdir())
-    expected = ["behavior", "context", "datasets", "embeddings", "results", "trajectories", "training"]
+    expected = ["attention", "behavior", "context", "datasets", "embeddings", "results", "sparsity", "trajectories",
+                "training"]  # fmt: skip
     assert pictures == sorted(expected)
     assert html.count("data:image/png;base64,") == len(expected)
     assert not re.findall(r'(?:src|href)="(?!data:)', html)
-    assert "tmp" not in html.replace("html", "")
+    assert "tmp" not in re.sub(r'data:image/png;base64,[^"]*', "", html)
     for path in (reports / "figures").iterdir():
         width, height = struct.unpack(">II", path.read_bytes()[16:24])
         assert width > 300

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from omrl.statistics import bootstrap_means, iqm, summarize
+from omrl.statistics import bootstrap_means, compare, iqm, summarize
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=60))
@@ -45,3 +45,16 @@ def test_summary_of_equal_scores_is_exact():
 def test_scores_need_seeds_and_tasks():
     with pytest.raises(ValueError, match=r"expected \[seeds, tasks\]"):
         summarize(np.zeros(3), 10, 0.95, np.random.default_rng(0))
+
+
+def test_a_paired_comparison_ignores_what_tasks_share():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(scale=100.0, size=20)
+    first, second = (hard + shift + rng.normal(scale=0.1, size=(3, 20)) for shift in (1.0, 0.0))
+    found = compare(first, second, 500, 0.95, np.random.default_rng(1))
+    assert found.mean == pytest.approx(1.0, abs=0.1)
+    assert found.supported
+    assert found.high - found.low < 0.2
+    assert not compare(first, first, 500, 0.95, np.random.default_rng(1)).supported
+    with pytest.raises(ValueError, match="20 and 19 tasks"):
+        compare(first, second[:, :19], 500, 0.95, rng)

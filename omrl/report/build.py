@@ -78,7 +78,7 @@ def _color_values(tasks: list[dict[str, Any]]) -> tuple[dict[int, float], str]:
     return {t["index"]: float(t["index"]) for t in tasks}, "task index"
 
 
-def _lead(rows: list[tables.Row], references: dict[str, float], facts: dict[str, Any]) -> str:
+def _lead(rows: list[tables.Row], references: dict[str, float], facts: dict[str, Any], config: ReportConfig) -> str:
     best = max(rows, key=lambda row: row.summary.mean)
     algorithm, train, test = best.cell
     text = (
@@ -88,7 +88,7 @@ def _lead(rows: list[tables.Row], references: dict[str, float], facts: dict[str,
         + f"random actions have {references['random']:.2f}."
     )
     compared = [row for row in rows if row.published is not None]
-    if compared:
+    if compared and TABLES[config.published or ""].quantity == "return":
         above = sum(row.summary.mean >= (row.published or 0) for row in compared)
         text += f" Of {len(compared)} published cells, {above} are reached or exceeded."
     return text
@@ -129,6 +129,20 @@ def _pictures(
             f"Embeddings of resampled contexts ({method}); dots are training tasks, triangles unseen ones. Good "
             "embeddings are tight per task and ordered by what the tasks differ in.",
             figures.embeddings(evaluations, config.embedding, colors, meaning),
+        ),
+        (
+            "attention",
+            "Attention of the context encoder",
+            "Weights of single transitions, by whether they carry a reward; AUC is the chance that a rewarded one "
+            "outweighs an unrewarded one (FOCAL++ Fig. 5c).",
+            figures.attention(evaluations),
+        ),
+        (
+            "sparsity",
+            "Embedding variance against sparsity",
+            "Variance of a task's embedding over contexts by their share of unrewarded transitions (FOCAL++ Fig. 6); "
+            "ticks at the bottom: Eq. 34's threshold, above which batch-wise attention is to lower it.",
+            figures.sparsity(evaluations),
         ),
         (
             "context",
@@ -183,6 +197,7 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
         "seeds": len({e.seed for e in evaluations}),
         "protocol": evaluations[0].episodes["protocol"].iloc[0],
         "version": __version__,
+        "other_form": "Eq. 35" if family.config.resolved().get("sparse_reward") == "one-minus-distance" else "1 - d",
     }
     environment = scene.picture(family, tasks[0]["parameters"])
     pictures = _pictures(rows, evaluations, references, cards, progress, family, tasks, config, environment)
@@ -216,9 +231,11 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
     ]
     html = page.render(
         facts=facts,
-        lead=_lead(rows, references, facts),
+        lead=_lead(rows, references, facts, config),
         rows=rows,
         drops=[tables.drop(row, rows) for row in rows],
+        behind=[tables.behind_text(row) for row in rows] if any(row.behind for row in rows) else [],
+        restated=any(row.restated is not None for row in rows),
         references=references,
         behavior=behavior,
         confidence=f"{config.confidence:.0%}",

@@ -85,6 +85,11 @@ def training_curves(evaluations: list[Evaluation]) -> bytes:
         models.setdefault((e.algorithm, e.train, e.seed), e.curve)
     preferred = [
         "metric_loss",
+        "contrastive_loss",
+        "reconstruction_loss",
+        "cloning_loss",
+        "triplet_loss",
+        "vae_loss",
         "kl",
         "q_loss",
         "v_loss",
@@ -232,6 +237,65 @@ def dataset_returns(cards: dict[str, dict[str, Any]], returns: str) -> bytes | N
         panels[0].set_ylabel("episodes")
 
     return _draw((2.5 * len(shown) + 0.6, 2.5), paint)
+
+
+def _first_of_cells(evaluations: list[Evaluation], diagnostic: str) -> dict[tuple[str, str, str], Evaluation]:
+    """Return the first seed of every cell that has the diagnostic."""
+    found: dict[tuple[str, str, str], Evaluation] = {}
+    for e in evaluations:
+        if e.diagnostics[diagnostic]:
+            found.setdefault(e.cell, e)
+    return found
+
+
+def attention(evaluations: list[Evaluation]) -> bytes | None:
+    """Draw the densities of attention weights of rewarded and unrewarded transitions; None without attention."""
+    shown = list(_first_of_cells(evaluations, "attention").items())[:8]
+    if not shown:
+        return None
+    columns = min(4, len(shown))
+
+    def paint(figure: Figure) -> None:
+        panels = np.atleast_1d(figure.subplots(-(-len(shown) // columns), columns)).reshape(-1)
+        for axes, (cell, evaluation) in zip(panels, shown, strict=False):
+            found = evaluation.diagnostics["attention"]
+            edges = np.array(found["edges"])
+            for place, kind in enumerate(("rewarded", "unrewarded")):
+                counts = np.array(found["counts"][kind], dtype=np.float64)
+                density = counts / max(1.0, counts.sum()) / np.diff(edges)
+                axes.stairs(density, edges, fill=True, alpha=0.5, color=COLORS[place], label=kind)
+            axes.set_title(f"{_label(cell)}\nAUC {found['auc']:.3f}", fontsize=8.5)
+            axes.set_xlabel("weight")
+        panels[0].legend(fontsize=8)
+        for axes in panels[len(shown) :]:
+            axes.set_visible(False)
+
+    return _draw((2.6 * columns + 0.6, 2.6 * -(-len(shown) // columns)), paint)
+
+
+def sparsity(evaluations: list[Evaluation]) -> bytes | None:
+    """Draw the embedding variance against the share of unrewarded transitions; None where it was not computed."""
+    shown = _first_of_cells(evaluations, "sparsity")
+    if not shown:
+        return None
+
+    def paint(figure: Figure) -> None:
+        axes: Axes = figure.subplots()
+        for place, cell in enumerate(shown):
+            members = [e.diagnostics["sparsity"] for e in evaluations if e.cell == cell and e.diagnostics["sparsity"]]
+            color = COLORS[place % len(COLORS)]
+            curves = np.array([m["variance"] for m in members])
+            axes.plot(members[0]["ratios"], curves.mean(axis=0), "-o", ms=3, color=color, label=_label(cell))
+            for member in members:
+                if member["threshold"] is not None:
+                    axes.plot(member["threshold"], 0.02, "|", ms=12, mew=1.5, color=color,
+                              transform=axes.get_xaxis_transform())  # fmt: skip
+        axes.set_yscale("log")
+        axes.set_xlabel("share of unrewarded transitions in the context")
+        axes.set_ylabel("embedding variance")
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+    return _draw((7.2, 3.4), paint)
 
 
 def context_curves(evaluations: list[Evaluation], returns: str) -> bytes:

@@ -17,7 +17,7 @@ from omrl.evaluation import CURVE, DIAGNOSTICS, EMBEDDINGS, EPISODES, TRAJECTORI
 from omrl.files import read_json
 from omrl.report import ReportConfig
 from omrl.report.published import TABLES
-from omrl.statistics import Summary, summarize
+from omrl.statistics import Difference, Summary, compare, summarize
 
 Cell = tuple[str, str, str]  # algorithm, training dataset, test dataset
 
@@ -111,6 +111,9 @@ class Row:
     seed_means: dict[int, float]
     diagnostics: dict[str, float]
     published: float | None
+    restated: float | None = None  # the return under the other form of the sparse reward
+    behind: Difference | None = None  # to the best algorithm of the same datasets; None: the best, or alone
+    rivals: int = 0  # further algorithms with the same datasets
 
 
 def _scores(evaluations: list[Evaluation], split: str, column: str) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -129,9 +132,10 @@ def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]
     for evaluation in evaluations:
         cells.setdefault(evaluation.cell, []).append(evaluation)
     published = TABLES[config.published].values if config.published else {}
+    score_of = {cell: _scores(members, "test", "return") for cell, members in cells.items()}
     rows = []
     for cell, members in cells.items():
-        scores = _scores(members, "test", "return")
+        scores = score_of[cell]
         normalized = float(_scores(members, "test", "normalized").mean())
         rng = seeding.generator(0, "bootstrap", *cell)
         diagnostics = {}
@@ -139,6 +143,14 @@ def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]
             values = [m.diagnostics[key] for m in members if m.diagnostics[key] is not None]
             if values:
                 diagnostics[key] = float(np.mean(values))
+        diagnostics |= _further_diagnostics(members)
+        restated = float(_scores(members, "test", "restated_return").mean())
+        rivals = [other for other in cells if other[1:] == cell[1:]]
+        best = max(rivals, key=lambda other: score_of[other].mean())
+        behind = None
+        if best != cell:
+            rng_pair = seeding.generator(0, "compare", *cell)
+            behind = compare(scores, score_of[best], config.bootstrap_samples, config.confidence, rng_pair)
         rows.append(
             Row(
                 cell,
@@ -148,9 +160,33 @@ def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]
                 {m.seed: float(s.mean()) for m, s in zip(members, scores, strict=True)},
                 diagnostics,
                 published.get(cell),
+                None if math.isnan(restated) else restated,
+                behind,
+                len(rivals) - 1,
             )
         )
     return rows
+
+
+def _further_diagnostics(members: list[Evaluation]) -> dict[str, float]:
+    """Return means over seeds of the attention's AUC and weights, Eq. 34's threshold, and the critics' course.
+
+    ``q_mean_last`` and ``q_mean_largest`` tell divergence (FOCAL Figs 10, 11): a batch's mean Q value at the end,
+    and its largest size ever, in units of the scaled reward.
+    """
+    found: dict[str, list[float]] = {}
+    for member in members:
+        if attended := member.diagnostics["attention"]:
+            for key, name in (("auc", "attention_auc"), ("rewarded", "weight_rewarded"),
+                              ("unrewarded", "weight_unrewarded")):  # fmt: skip
+                found.setdefault(name, []).append(attended[key])
+        sparsity = member.diagnostics["sparsity"]
+        if sparsity and sparsity["threshold"] is not None:
+            found.setdefault("sparsity_threshold", []).append(sparsity["threshold"])
+        if "q_mean" in member.curve:
+            found.setdefault("q_mean_last", []).append(float(member.curve["q_mean"].iloc[-1]))
+            found.setdefault("q_mean_largest", []).append(float(member.curve["q_mean"].abs().max()))
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def reference_rows(family: Family, tasks: list[dict[str, Any]], progress: dict[int, pd.DataFrame]) -> dict[str, float]:
@@ -199,6 +235,8 @@ def metrics(rows: list[Row], references: dict[str, float]) -> dict[str, Any]:
             "n": row.summary.n,
             "normalized": row.normalized,
             "train_tasks_mean": row.train_tasks,
+            **({} if row.restated is None else {"restated": row.restated}),
+            **({} if row.behind is None else {"behind_best": vars(row.behind)}),
             **row.diagnostics,
         }
     return nested | {"reference": references}
@@ -222,36 +260,57 @@ def markdown(
 ) -> str:
     """Return results.md: the table a paper would print, with what has to be known to read it."""
     percent = f"{config.confidence:.0%}"
+    rivals = any(row.behind is not None for row in rows)
+    other_form = any(row.restated is not None for row in rows)
+    titles = ["algorithm", "trained on", "test context", "return", "interval", "IQM", "normalized", "drop"]
+    titles += ["behind the best"] * rivals + [f"as {facts['other_form']}"] * other_form
+    compared = TABLES[config.published].quantity if config.published else ""
+    if config.published:
+        titles += ["published", "ours - published"] if compared == "return" else [f"{compared}, published", compared]
     lines = [
         f"# {facts['env']}",
         "",
         f"{facts['returns'].capitalize()} return over {facts['horizon']} steps on {facts['test_tasks']} unseen tasks, "
         f"{facts['seeds']} seed(s); protocol `{facts['protocol']}`. Interval: {percent} "
-        "bootstrap over tasks and seeds." + (" Normalized: 0 random, 1 oracle." if "oracle" in references else ""),
+        "bootstrap over tasks and seeds." + (" Normalized: 0 random, 1 oracle." if "oracle" in references else "")
+        + (" Behind the best: paired over tasks; ~: not supported by these data." if rivals else ""),
         "",
-        "| algorithm | trained on | test context | return | interval | IQM | normalized | drop |"
-        + (" published | ours - published |" if config.published else ""),
-        "|---|---|---|---:|---|---:|---:|---:|" + ("---:|---:|" if config.published else ""),
-    ]
+        f"| {' | '.join(titles)} |",
+        f"|---|---|---|---:|---|{'---:|' * (len(titles) - 5)}",
+    ]  # fmt: skip
     for row in rows:
-        algorithm, train, test = row.cell
         shift = drop(row, rows)
-        line = (
-            f"| {algorithm} | {train} | {test} | {row.summary.mean:.2f} | "
-            f"[{row.summary.low:.2f}, {row.summary.high:.2f}] | {row.summary.iqm:.2f} | "
-            f"{'' if row.normalized is None else f'{row.normalized:.2f}'} | "
-            f"{'' if shift is None else f'{shift:.2f}'} |"
-        )
+        fields = [
+            *row.cell, f"{row.summary.mean:.2f}", f"[{row.summary.low:.2f}, {row.summary.high:.2f}]",
+            f"{row.summary.iqm:.2f}", "" if row.normalized is None else f"{row.normalized:.2f}",
+            "" if shift is None else f"{shift:.2f}",
+        ]  # fmt: skip
+        if rivals:
+            fields.append(behind_text(row))
+        if other_form:
+            fields.append("" if row.restated is None else f"{row.restated:.2f}")
         if config.published:
-            known = row.published
-            line += " | |" if known is None else f" {known:.2f} | {row.summary.mean - known:+.2f} |"
-        lines.append(line)
-    tail = " | |" if config.published else ""
+            known, ours = row.published, row.summary.mean
+            if compared != "return":
+                ours = row.diagnostics.get(compared, math.nan)
+                fields += ["" if known is None else f"{known:.3f}", f"{ours:.3f}"]
+            else:
+                fields += ["", ""] if known is None else [f"{known:.2f}", f"{ours - known:+.2f}"]
+        lines.append(f"| {' | '.join(fields)} |")
+    tail = " |" * (len(titles) - 4)
     for name, value in references.items():
-        lines.append(f"| *{name}* | | | {value:.2f} | | | | |{tail}")
+        lines.append(f"| *{name}* | | | {value:.2f} |{tail}")
     for name, value in behavior.items():
-        lines.append(f"| *behavior policies* | {name} | | {value:.2f} | | | | |{tail}")
+        lines.append(f"| *behavior policies* | {name} | | {value:.2f} |{tail}")
     if config.published:
         table = TABLES[config.published]
         lines += ["", f"Published: {table.citation}. {table.note}"]
     return "\n".join(lines) + "\n"
+
+
+def behind_text(row: Row) -> str:
+    """Return the difference to the best algorithm with its interval, marked ~ where the data do not support it."""
+    if row.behind is None:
+        return "best" if row.rivals else ""
+    mark = "" if row.behind.supported else " ~"
+    return f"{row.behind.mean:.2f} [{row.behind.low:.2f}, {row.behind.high:.2f}]{mark}"
