@@ -10,13 +10,18 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 
+import omrl.algorithms
 import omrl.envs
 from omrl import registry
+from omrl.actor_critic import Transitions
+from omrl.algorithms.base import MetaBatch, Sizes, create, load_model, save_model
 from omrl.behavior import batched
 from omrl.behavior.base import BehaviorConfig, Run
 from omrl.behavior.checkpoints import load_actor
+from omrl.encoders import Context
 from omrl.envs.base import load_family, register_all
 from omrl.rollouts import RolloutsConfig, rollout
 
@@ -72,3 +77,37 @@ def test_the_environment_of_the_page_works(pendulum, tmp_path):
         _, episodes = rollout(actor, pendulum, run.task, index=0, checkpoint=step, config=settings, seed=0)
         returns[step] = episodes["return"].mean()
     assert returns[3000] > returns[0] + 50  # it learns to swing up
+
+
+@pytest.fixture
+def awr(tmp_path, monkeypatch):
+    (tmp_path / "awr.py").write_text(code_of("add-an-algorithm.md"), encoding="utf-8")
+    monkeypatch.setattr(omrl.algorithms, "__path__", [*omrl.algorithms.__path__, str(tmp_path)])
+    monkeypatch.setattr(omrl.algorithms.__spec__, "submodule_search_locations", omrl.algorithms.__path__)
+    yield "awr"
+    sys.modules.pop("omrl.algorithms.awr")
+
+
+def test_the_algorithm_of_the_page_works(awr, tmp_path):
+    assert "awr" in registry.names("omrl.algorithms")
+    chosen = {"meta_batch": 8, "width": 32, "rate": 3e-3, "gamma": 0.5}
+    algorithm = create(awr, chosen, Sizes(2, 2, False), 0, "cpu")
+
+    def draw(seed: int) -> tuple[torch.Tensor, ...]:
+        g = torch.Generator().manual_seed(seed)
+        tasks = torch.randint(2, (8,), generator=g)
+        goal = (0.8 * (1.0 - 2 * tasks))[:, None]
+        s, a = torch.rand(8, 32, 2, generator=g) - 0.5, torch.rand(8, 32, 2, generator=g) * 2 - 1
+        return tasks, s, a, -(a[..., 0] - goal).abs()
+
+    for step in range(400):
+        tasks, s, a, r = draw(step)
+        end = Transitions(s, a, r, s, torch.ones(8, 32))
+        scalars = algorithm.update(MetaBatch(tasks, Context(s, a, r), end, lambda: pytest.fail("not needed")))
+    assert set(scalars) == {"metric_loss", "v_loss", "policy_loss", "weight"}
+    tasks, s, a, r = draw(10**6)
+    z = algorithm.infer(Context(s, a, r))
+    # uniform actions, weighted by how good they are: the sides are told apart
+    assert float((algorithm.act(s, z)[..., 0].mean(1) - 0.8 * (1.0 - 2 * tasks)).abs().max()) < 0.3
+    save_model(algorithm, tmp_path / "model", "mine", awr)
+    assert torch.equal(load_model(tmp_path / "model", "cpu").act(s, z), algorithm.act(s, z))
