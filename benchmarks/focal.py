@@ -4,6 +4,9 @@ The reference reads like the pseudo-code (FOCAL Algorithm 1): a Python loop over
 a row table per task and field, a loop over pairs for the metric loss, two separate Q networks, default Adam
 and ``.item()`` for the curve. Both draw their batches. Absolute times depend on the machine; the ratio less.
 
+``of peak``: the floating-point operations in ours' matrix products per second, as a share of what one large product
+of the same precision reaches with the same threads.
+
 Usage: python benchmarks/focal.py [SECONDS per measurement, default 4]
 """
 
@@ -18,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from omrl.algorithms.base import Sizes, create
 from omrl.datasets.buffer import TaskBuffers
@@ -57,7 +61,9 @@ class Reference:
 
     def __init__(self, data: TaskBuffers, width: int, rl_batch: int, context_batch: int) -> None:
         self.rl_batch, self.context_batch = rl_batch, context_batch
-        self.data = {name: torch.from_numpy(getattr(data, name)) for name in vars(data) if name != "tasks"}
+        self.data = {
+            name: torch.from_numpy(getattr(data, name)) for name in vars(data) if name not in ("tasks", "table")
+        }
         self.encoder = mlp(OBS + ACT + 1, 200, LATENT)
         self.policy = mlp(OBS + LATENT, width, 2 * ACT)
         self.q = [mlp(OBS + ACT + LATENT, width, 1) for _ in range(2)]
@@ -151,19 +157,35 @@ def rates(steps: dict[str, Callable[[], Any]], seconds: float) -> dict[str, floa
     return best
 
 
+def operations(step: Callable[[], Any]) -> float:
+    """Return the floating-point operations in the matrix products of a step."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return float(counter.get_total_flops())
+
+
+def peak() -> float:
+    """Return the operations per second of a large matrix product."""
+    one, two, out = (torch.randn(2048, 2048) for _ in range(3))
+    return 2 * 2048**3 * rates({"product": lambda: torch.mm(one, two, out=out)}, 2.0)["product"]
+
+
 def main() -> None:
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 4.0
     data = buffers()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{TASKS} tasks, meta-batch {META_BATCH}, latent {LATENT}; ours on {device}, reference on CPU; best of 4")
-    print(f"{'width, RL, context':<20}{'threads':>8}{'ours':>9}{'regularized':>13}{'reference':>11}{'ratio':>7}")
+    print(
+        f"{'width, RL, context':<20}{'threads':>8}{'ours':>9}{'regularized':>13}{'reference':>11}{'ratio':>7}{'of peak':>9}"
+    )
     for name, sizes in CASES.items():
         for threads in (1, 2):
             torch.set_num_threads(threads)
             torch.manual_seed(0)
+            mine = ours(data, **sizes)
             found = rates(
                 {
-                    "ours": ours(data, **sizes),
+                    "ours": mine,
                     "regularized": ours(data, **sizes, regularization={"policy": True, "alpha": 50.0}),
                     "reference": Reference(data, **sizes).step,
                 },
@@ -171,7 +193,8 @@ def main() -> None:
             )
             print(
                 f"{name:<20}{threads:>8}{found['ours']:>9.1f}{found['regularized']:>13.1f}"
-                f"{found['reference']:>11.1f}{found['ours'] / found['reference']:>7.2f}",
+                f"{found['reference']:>11.1f}{found['ours'] / found['reference']:>7.2f}"
+                f"{found['ours'] * operations(mine) / peak():>9.0%}",
                 flush=True,
             )
 
