@@ -176,7 +176,8 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{TASKS} tasks, meta-batch {META_BATCH}, latent {LATENT}; ours on {device}, reference on CPU; best of 4")
     print(
-        f"{'width, RL, context':<20}{'threads':>8}{'ours':>9}{'regularized':>13}{'reference':>11}{'ratio':>7}{'of peak':>9}"
+        f"{'width, RL, context':<20}{'threads':>8}{'ours':>9}{'regularized':>13}{'reference':>11}{'ratio':>7}"
+        f"{'of peak':>9}"
     )
     for name, sizes in CASES.items():
         for threads in (1, 2):
