@@ -17,7 +17,7 @@ from omrl.diagnostics import attention, embedding_variance, esr, rms, sample_emb
 from omrl.encoders import Context
 from omrl.envs.base import load_family
 from omrl.evaluation import EvaluateConfig
-from omrl.protocols import other_tasks_context, run_episodes, run_protocol
+from omrl.protocols import other_tasks_context, restated, run_episodes, run_protocol
 
 FAMILY = load_family("sparse-point-robot")
 TASKS = [
@@ -151,6 +151,23 @@ def test_embeddings_are_of_resampled_contexts():
     assert found.shape == (5, 3, 2)
     assert algorithm.sizes_seen == [6, 6, 6]
     np.testing.assert_allclose(found[:, 0], [t["parameters"]["goal"] for t in TASKS], atol=1e-6)
+
+
+def test_the_other_form_of_the_sparse_reward_is_told_beside():
+    rows, last, _ = run(EvaluateConfig(episodes=1, repetitions=1))
+    other = restated(FAMILY)
+    assert other is not None
+    for place, (row, task) in enumerate(zip(rows, TASKS, strict=True)):
+        # 1 - d summed over the steps inside R = 0.2; Eq. 35: (R - d) / R
+        distance = np.linalg.norm(last["observation"][place, 1:] - task["parameters"]["goal"], axis=1)
+        inside = distance <= 0.2
+        assert row["return"] == pytest.approx((1 - distance)[inside].sum(), abs=1e-4)
+        assert row["restated_return"] == pytest.approx((1 - distance / 0.2)[inside].sum(), abs=1e-4)
+    again = restated(other)
+    assert again is not None
+    assert again.config.resolved() == FAMILY.config.resolved()
+    assert restated(load_family("point-robot")) is None
+    assert restated(load_family("sparse-point-robot", {"sparse_reward": "eq35", "radius": 2.0})) is None
 
 
 class Searcher(GoalReader):

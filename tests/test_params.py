@@ -40,9 +40,12 @@ def edit(tmp_path):
     "file", ["params.yaml", *(str(p.relative_to(ROOT)) for p in ROOT.glob("pipelines/*/params.yaml"))]
 )
 def test_the_params_of_the_project_are_sound(file):
-    cells = params.check(ROOT / file)
-    assert any(cell.startswith("evaluate@") for cell in cells)
-    assert len(cells) <= 60
+    cells, asked = params.check(ROOT / file), yaml.safe_load((ROOT / file).read_text())
+    datasets = asked["dataset"]
+    models = len(asked["algorithms"]) * len(datasets["train"]) * len(asked["seeds"])
+    data = 2 * len(asked["shards"]) + len(datasets["levels"]) + len(asked["relabel"])
+    assert len(cells) == data + models * (1 + len(datasets["test"]))
+    assert sum(cell.startswith("evaluate@") for cell in cells) == models * len(datasets["test"])
 
 
 def test_the_cells_are_those_of_the_graph():
@@ -110,6 +113,27 @@ def test_a_mistake_is_one_line(edit, key, value, message):
 def test_a_missing_section_is_named(edit):
     with pytest.raises(UserError, match=r"params\.yaml: dataset: missing"):
         edit("dataset", None, remove=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"env": "point-robot-wind", "env_config": {}, "relabel": {}},
+            r"tasks of 'point-robot-wind' differ in their dyn",
+        ),
+        ({}, r"dataset\.test has 'relabelled', where all tasks share one set; expected levels"),
+        ({"tasks": {"train": 1, "test": 24}}, r"tasks\.train = 1: expected 2 or more"),
+    ],
+)
+def test_contexts_of_other_tasks_need_other_tasks_that_differ_in_reward(changes, message, tmp_path):
+    values = yaml.safe_load((ROOT / "params.yaml").read_text()) | changes
+    values["evaluate"]["protocol"] = "ood-checkpoint"
+    values["dataset"] |= {"train": ["expert"], "test": ["expert"] if changes else ["relabelled"]}
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"evaluate\.protocol = 'ood-checkpoint'.*" + message):
+        params.check(file)
 
 
 def test_relabelling_needs_tasks_that_differ_in_reward(edit, tmp_path):
