@@ -18,6 +18,7 @@ from omrl.algorithms.base import MetaBatch, Sizes, create
 from omrl.algorithms.focal import distance_metric_loss
 from omrl.algorithms.unicorn import Unicorn
 from omrl.encoders import Context
+from omrl.errors import UserError
 from omrl.nets import Mlp
 
 SMALL = {
@@ -131,6 +132,20 @@ def test_the_decoder_learns_dynamics_that_the_context_shows():
     assert other > 10 * own  # another task's embedding predicts another task's wind
 
 
+def test_coupled_adds_the_bellman_gradient_for_the_encoder_alone():
+    apart, one, two = make(), make(coupled=True), make(coupled=True)
+    for algorithm, dense in ((apart, 1.0), (one, 1.0), (two, -3.0)):
+        algorithm.update(meta_batch(dense=dense))
+    of_encoder, of_decoder = ([[p.grad for p in getattr(a, part).parameters()] for a in (apart, one, two)]
+                              for part in ("encoder", "decoder"))  # fmt: skip
+    for i, j in ((0, 1), (1, 2)):
+        assert not all(torch.equal(x, y) for x, y in zip(of_encoder[i], of_encoder[j], strict=True))
+        for x, y in zip(of_decoder[i], of_decoder[j], strict=True):
+            torch.testing.assert_close(x, y)
+    start = make(coupled=True)
+    assert not torch.equal(one.decoder.weights[0], start.decoder.weights[0])  # it takes its own step
+
+
 # --- switched off ------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +179,12 @@ def test_the_decoder_changes_no_other_initial_weight_and_draws_nothing():
     off.update(meta_batch())
     streams = [algorithm.generators()["noise"].get_state() for algorithm in (on, off)]
     assert torch.equal(*streams)
+
+
+def test_nothing_to_train_the_encoder_is_refused():
+    with pytest.raises(UserError, match="metric_weight = 0 with reconstruction_weight = 0"):
+        make(metric_weight=0, reconstruction_weight=0)
+    make(metric_weight=0, reconstruction_weight=0, coupled=True).update(meta_batch())
 
 
 @pytest.mark.parametrize("with_next", [False, True])

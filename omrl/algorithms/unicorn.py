@@ -56,10 +56,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from omrl.actor_critic import adam, join
+from omrl.actor_critic import EncoderStep, adam, join
 from omrl.algorithms.base import MetaBatch, Sizes
 from omrl.algorithms.focal import Focal, FocalConfig
 from omrl.encoders import Context
@@ -82,6 +82,15 @@ class UnicornConfig(FocalConfig):
     decoder_width: Annotated[int, Field(ge=1)] = 200
     decoder_depth: Annotated[int, Field(ge=1)] = 3
     decoder_rate: Annotated[float, Field(gt=0)] = 3e-4
+
+    @model_validator(mode="after")
+    def _something_tells_tasks_apart(self) -> UnicornConfig:
+        if not (self.metric_weight or self.reconstruction_weight or self.coupled):
+            raise ValueError(
+                "metric_weight = 0 with reconstruction_weight = 0 leaves no loss that tells tasks apart; "
+                "expected one above 0"
+            )
+        return self
 
 
 class Unicorn(Focal):
@@ -118,14 +127,19 @@ class Unicorn(Focal):
         loss, scalars = self.encoder_loss(z, kl, batch.tasks)
         reconstruction = self.reconstruction_loss(batch.context, z)
         scalars |= {"reconstruction_loss": reconstruction.detach(), "z_rms": z.detach().square().mean().sqrt()}
-        optimizers = [self.encoder_optimizer, self.decoder_optimizer]
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        (loss + self.unicorn.reconstruction_weight * reconstruction).backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        loss = loss + self.unicorn.reconstruction_weight * reconstruction
         regularization = self.settings.regularization
         extra = [batch.more() for _ in range(regularization.discriminator_steps - 1)] if regularization.active else []
+        self.decoder_optimizer.zero_grad(set_to_none=True)
+        if self.settings.coupled:
+            coupled = EncoderStep(self.encoder_optimizer, loss)
+            scalars |= self.actor_critic.update(batch.transitions, z, extra, coupled)
+            self.decoder_optimizer.step()
+            return scalars
+        self.encoder_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.encoder_optimizer.step()
+        self.decoder_optimizer.step()
         return scalars | self.actor_critic.update(batch.transitions, z.detach(), extra)
 
     def modules(self) -> dict[str, torch.nn.Module]:
