@@ -1,21 +1,54 @@
-"""UNICORN-SS (Li et al., NeurIPS 2024): FOCAL's metric loss with a decoder that reconstructs what the task decides.
+"""UNICORN-SS (Li et al., NeurIPS 2024), self-supervised: FOCAL's metric loss and a decoder of what the task decides.
 
-The paper bounds I(Z; M), the information of the embedding about the task, from both sides: FOCAL's distance-metric
-loss is an upper bound's surrogate, the reconstruction of (s', r) from (s, a, z) a lower bound. The supervised form:
+Of a transition, the behavior decides x_b = (s, a) and the task x_t = (s', r). The information of the embedding about
+the task lies between two bounds (Theorem 2.3): I(Z; X_t | X_b) <= I(Z; M) <= I(Z; X). FOCAL's loss drives the upper
+one, and with it what z knows of the behavior; reconstruction drives the lower one (Eqs 13, 14). Both together
+(Eqs 12, 15), for the encoder and the decoder:
 
-    L = reconstruction_weight * mean |(s', r)_hat - (s', r)|^2 + beta * L_FOCAL
+    L = reconstruction_weight * L_recon + metric_weight * L_FOCAL,      metric_weight = alpha / (1 - alpha)
+    L_recon = mean |(r[, s'])_hat(s, a, z) - (r[, s'])|^2               over transitions and entries
 
-with beta 0.01 to 1.5 by environment. Policy and critic are FOCAL's, conditioned on the detached z.
+Policy and critic are FOCAL's, conditioned on the detached z. ``metric_weight: 0`` is the paper's UNICORN-SS-0;
+``reconstruction_weight: 0`` builds no decoder and is FOCAL to the last bit. UNICORN-SUP, the supervised variant with
+a classifier of tasks (Eq. 10), is not here.
 
-* ``metric_weight`` is the paper's beta. ``reconstruction_weight: 0`` builds no decoder and is FOCAL to the last bit.
-* The context's own transitions are reconstructed, with the reward that the encoder sees (sparse where there is a
-  sparse one), so that dense rewards reach the encoder by no path. s' is reconstructed where the context holds it,
-  which is where tasks differ in their dynamics; elsewhere s' says nothing of the task.
-* Latent size 5 in the paper, 32 to 40 for tasks that differ in parameters of bodies.
-* Actor and critic keep FOCAL's defaults; the paper's are of its own code base.
+=================  ==============================  ==============================  ===============================
+what               paper                           released code                   here
+=================  ==============================  ==============================  ===============================
+metric_weight      Table 7: 0.15 (Ant-Dir and      0.15 (Ant-Dir, Cheetah-Vel),    1, between them; see below
+                   both Cheetahs), 0.3 (Reach),    0.01 (Cheetah-Dir), 0.7
+                   1.5 (Hopper-, Walker-Param)     (Walker), 1.5 (Hopper)
+latent_dim         Table 7: 5; Hopper 40, Walker   as the paper                    5
+                   32, Reach 2
+L_recon            Eq. 14: -log p(x_t | z, x_b)    two Gaussian likelihoods with   squared error, one network,
+                                                   learned variances, of s' - s    of s' itself; r has weight
+                                                   and of r, added                 1 / (1 + width of s')
+reconstructed      (s', r)                         (s', r), also where the tasks   r; s' where the context holds
+                                                   share their dynamics            it
+decoder            not given                       2 x 64; 2 x 128 for             3 x 200, as FOCAL's encoder
+                                                   parameter tasks
+encoder            width 64, 128 for parameter     2 hidden layers, on (s, a, r,   FOCAL's, noiseless
+                   tasks                           s', terminal), noise on each
+                                                   transition's code, also in
+                                                   tests
+context            one trajectory, 200 steps       as the paper                    FOCAL's bag of transitions
+                   (Reach: 500)
+actor, critic      BRAC, width 256, depth 3        2 x 256; BRAC for Ant-Dir       FOCAL's
+                                                   only, else plain SAC
+=================  ==============================  ==============================  ===============================
 
-Known failure: with beta large against the reconstruction's scale this is FOCAL; where rewards are nearly all zero the
-reconstruction is trivially good and adds nothing.
+Rates of 3e-4 and a meta-batch of 16 are common to all three; the metric loss is FOCAL's released form there too.
+Published weights do not carry over: the gradient of a likelihood with a learned variance grows as errors shrink, that
+of a squared error fades, so the same ``metric_weight`` weighs more here. No published number belongs to the default.
+
+Which rewards: the context's own transitions are reconstructed, with the reward that the encoder sees (sparse where
+there is a sparse one). Dense rewards would reach the encoder through the decoder otherwise, and training contexts
+would tell more than test contexts ever can. s' comes from the context for the same reason: where the context lacks
+it, the tasks share their dynamics, and s' given (s, a) says nothing of z.
+
+Known failures: with ``metric_weight`` large this is FOCAL (Fig. 8). Where rewards are nearly all zero, predicting
+zero is nearly right and the reconstruction adds nothing. Where tasks differ in reward but the context holds a wide
+s', little of L_recon is about the reward: one entry of 3 for point robots, of 21 for Half-Cheetah.
 """
 
 from __future__ import annotations
@@ -23,10 +56,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from omrl.actor_critic import adam, join
+from omrl.actor_critic import EncoderStep, adam, join
 from omrl.algorithms.base import MetaBatch, Sizes
 from omrl.algorithms.focal import Focal, FocalConfig
 from omrl.encoders import Context
@@ -37,8 +70,8 @@ class UnicornConfig(FocalConfig):
     """UNICORN's hyperparameters, beside FOCAL's.
 
     Attributes:
-        metric_weight: beta, of FOCAL's loss.
-        reconstruction_weight: of the decoder's loss.
+        metric_weight: of FOCAL's loss: alpha / (1 - alpha) of Eq. 15; 0 for reconstruction alone.
+        reconstruction_weight: of the decoder's loss; 0 for FOCAL, without a decoder.
         decoder_width, decoder_depth: hidden layers of the decoder.
         decoder_rate: Adam.
     """
@@ -49,6 +82,15 @@ class UnicornConfig(FocalConfig):
     decoder_width: Annotated[int, Field(ge=1)] = 200
     decoder_depth: Annotated[int, Field(ge=1)] = 3
     decoder_rate: Annotated[float, Field(gt=0)] = 3e-4
+
+    @model_validator(mode="after")
+    def _something_tells_tasks_apart(self) -> UnicornConfig:
+        if not (self.metric_weight or self.reconstruction_weight or self.coupled):
+            raise ValueError(
+                "metric_weight = 0 with reconstruction_weight = 0 leaves no loss that tells tasks apart; "
+                "expected one above 0"
+            )
+        return self
 
 
 class Unicorn(Focal):
@@ -85,14 +127,19 @@ class Unicorn(Focal):
         loss, scalars = self.encoder_loss(z, kl, batch.tasks)
         reconstruction = self.reconstruction_loss(batch.context, z)
         scalars |= {"reconstruction_loss": reconstruction.detach(), "z_rms": z.detach().square().mean().sqrt()}
-        optimizers = [self.encoder_optimizer, self.decoder_optimizer]
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        (loss + self.unicorn.reconstruction_weight * reconstruction).backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        loss = loss + self.unicorn.reconstruction_weight * reconstruction
         regularization = self.settings.regularization
         extra = [batch.more() for _ in range(regularization.discriminator_steps - 1)] if regularization.active else []
+        self.decoder_optimizer.zero_grad(set_to_none=True)
+        if self.settings.coupled:
+            coupled = EncoderStep(self.encoder_optimizer, loss)
+            scalars |= self.actor_critic.update(batch.transitions, z, extra, coupled)
+            self.decoder_optimizer.step()
+            return scalars
+        self.encoder_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.encoder_optimizer.step()
+        self.decoder_optimizer.step()
         return scalars | self.actor_critic.update(batch.transitions, z.detach(), extra)
 
     def modules(self) -> dict[str, torch.nn.Module]:
