@@ -25,14 +25,14 @@ from omrl.rollouts import RolloutsConfig
 from stages import params
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARDS = {"000-001": [0, 1], "002-002": [2, 2]}
+SHARD = "000-002"
 
 
 def scripted(**changes) -> dict:
     """Return the params of pipelines/smoke with Sawyer-Affordances' script as behavior."""
     values = yaml.safe_load((ROOT / "pipelines/smoke/params.yaml").read_text())
     values |= {"repository": str(ROOT), "env": "sawyer-affordances", "env_config": {}, "relabel": {}}
-    values |= {"tasks": {"train": 2, "test": 1, "seed": 0}, "shards": SHARDS}
+    values |= {"tasks": {"train": 2, "test": 1, "seed": 0}, "shards": {SHARD: [0, 2]}}
     values["behavior"] = {"engine": "scripted"}
     values["rollouts"] = {"source": "scripted", "episodes_per_checkpoint": 3, "horizon": 75}
     levels = {"skills": {"steps": [0]}, "own": {"steps": [1], "deterministic": True}}
@@ -59,8 +59,15 @@ def built(tmp_path_factory):
         patch.setenv("OMRL_WORKERS", "1")
         check(folder)
         cells = ["plan", "code", "tasks"]
-        cells += [f"{stage} {shard}" for stage in ("behavior", "rollouts") for shard in SHARDS]
-        cells += ["dataset skills", "dataset own", "meta_train focal skills 0", "evaluate focal skills own 0", "report"]
+        cells += [
+            f"behavior {SHARD}",
+            f"rollouts {SHARD}",
+            "dataset skills",
+            "dataset own",
+            "meta_train focal skills 0",
+            "evaluate focal skills own 0",
+            "report",
+        ]
         for cell in cells:
             stage, *arguments = cell.split()
             patch.setattr(sys, "argv", [stage, *arguments])
@@ -69,7 +76,7 @@ def built(tmp_path_factory):
 
 
 def test_nothing_is_trained_and_what_acts_is_written_down(built):
-    folder = built / "data/behavior/000-001"
+    folder = built / "data/behavior" / SHARD
     names = sorted(path.name for path in (folder / "task=000").iterdir())
     assert names == ["progress.csv", "script.json"]
     assert read_json(folder / "manifest.json")["parameters"]["behavior"] == {"engine": "scripted"}
@@ -79,8 +86,7 @@ def test_nothing_is_trained_and_what_acts_is_written_down(built):
 
 @pytest.mark.parametrize("task", [0, 2])
 def test_rows_are_in_the_schema_and_their_rewards_are_the_familys(built, task):
-    shard = "000-001" if task < 2 else "002-002"
-    path = built / f"data/rollouts/{shard}/task={task:03d}.parquet"
+    path = built / f"data/rollouts/{SHARD}/task={task:03d}.parquet"
     columns, family = read_transitions(path), load_family("sawyer-affordances")
     assert {name: values.dtype for name, values in columns.items()} == {n: np.dtype(t) for n, t in TYPES.items()}
     assert columns["checkpoint"].tolist() == np.repeat([0, 1], 4 * 75).tolist()
@@ -92,13 +98,13 @@ def test_rows_are_in_the_schema_and_their_rewards_are_the_familys(built, task):
     np.testing.assert_array_equal(sparse, columns["sparse_reward"])
     footer = read_footer(path)
     assert footer["parameters"]["rollouts"]["source"] == "scripted"
-    script = sha256(built / f"data/behavior/{shard}/task={task:03d}/script.json")
+    script = sha256(built / f"data/behavior/{SHARD}/task={task:03d}/script.json")
     assert footer["checkpoints"] == {"0": script, "1": script}
 
 
 def test_own_aims_are_met_and_random_skills_meet_them_less(built):
-    tables = [read_table(built / f"data/rollouts/{shard}/episodes.parquet").to_pandas() for shard in SHARDS]
-    returns = {step: np.mean([t.loc[t["checkpoint"] == step, "return"].mean() for t in tables]) for step in (0, 1)}
+    table = read_table(built / f"data/rollouts/{SHARD}/episodes.parquet").to_pandas()
+    returns = table.groupby("checkpoint")["return"].mean()
     assert returns[1] > returns[0]
     assert returns[1] > -60
 
@@ -106,7 +112,7 @@ def test_own_aims_are_met_and_random_skills_meet_them_less(built):
 def test_a_row_goes_back_to_the_script_and_the_report_names_it(built):
     facts = _row(SimpleNamespace(folder=built), "data/datasets/skills/task=001.parquet", 7)
     assert facts["problems"] == []
-    assert facts["checkpoint_file"]["path"] == "data/behavior/000-001/task=001/script.json"
+    assert facts["checkpoint_file"]["path"] == f"data/behavior/{SHARD}/task=001/script.json"
     metrics = json.loads((built / "reports/metrics.json").read_text())
     assert "script" in metrics["reference"]
     assert "single-task SAC" not in metrics["reference"]
