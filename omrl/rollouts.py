@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from omrl import seeding
-from omrl.behavior.base import SCRIPT, BehaviorConfig, checkpoint_name, replay_name, task_folder
+from omrl.behavior.base import SCRIPT, SCRIPT_STEPS, checkpoint_name, replay_name, task_folder
 from omrl.config import Config
 from omrl.datasets.parquet import (
     read_table,
@@ -335,8 +335,16 @@ def build_shard(
     tasks = read_json(tasks_file)["tasks"]
     inputs = input_hashes(tasks_file, behavior, *code)
     facts = read_json(behavior / "manifest.json")["parameters"]
-    steps = config.checkpoint_steps(BehaviorConfig.model_validate(facts["behavior"]).checkpoint_steps())
-    names = [SCRIPT] if config.source == "scripted" else [checkpoint_name(step) for step in steps]
+    trained = facts["behavior"]
+    if (trained.get("engine") == "scripted") != (config.source == "scripted"):
+        raise UserError(
+            f"params.yaml: rollouts.source = {config.source}: {behavior} was made by behavior.engine = "
+            f"{trained.get('engine')}; expected both to be scripted, or neither"
+        )
+    scripted = config.source == "scripted"
+    saved = SCRIPT_STEPS if scripted else range(0, trained["total_steps"] + 1, trained["checkpoint_every"])
+    steps = config.checkpoint_steps(list(saved))
+    names = [SCRIPT] if scripted else [checkpoint_name(step) for step in steps]
     if config.source == "replay":
         names += [replay_name(last) for last in steps[1:]]
     verified(behavior, [f"{task_folder(t['index'])}/{name}" for t in tasks for name in names])

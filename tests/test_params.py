@@ -83,7 +83,7 @@ def test_the_cells_are_those_of_the_graph():
         ("shards/013-024", "13-24", r"shards\.013-024 = '13-24': expected a valid list"),
         ("shards", {"A b": [0, 24]}, r"'A b' names a folder"),
         ("seed", -1, r"seed = -1: expected greater than or equal to 0"),
-        ("behavior/engine", "sb4", r"behavior\.engine = 'sb4': expected 'sb3' or 'batched'"),
+        ("behavior/engine", "sb4", r"behavior\.engine = 'sb4': expected 'sb3', 'batched' or 'scripted'"),
         ("behavior/total_steps", 2001, r"behavior"),
         ("behavior/sac/gama", 0.9, r"behavior\.sac\.gama: unknown key; did you mean 'gamma'"),
         ("behavior/sac/gamma", 1.5, r"behavior\.sac\.gamma = 1\.5: expected less than or equal to 1"),

@@ -18,6 +18,7 @@ from omrl.files import atomic_dir, canonical, input_hashes, read_json, scratch, 
 
 PROGRESS = "progress.csv"
 SCRIPT = "script.json"  # what acts where nothing is trained
+SCRIPT_STEPS = (0, 1)  # its "checkpoints": random skills, what the task wants
 ENGINES = ("batched", "sb3", "scripted")  # modules of this package
 _PACKAGES = ("gymnasium", "mujoco", "numpy", "stable_baselines3", "torch")
 
@@ -133,7 +134,7 @@ class BehaviorConfig(Config):
         A script's are 0, random skills, and 1, what the task wants.
         """
         if self.engine == "scripted":
-            return [0, 1]
+            return list(SCRIPT_STEPS)
         return list(range(0, self.total_steps + 1, self.checkpoint_every))
 
     def resolved(self) -> dict[str, Any]:
