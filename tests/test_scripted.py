@@ -21,7 +21,7 @@ from omrl.envs.base import load_family
 from omrl.errors import UserError
 from omrl.files import read_json, sha256
 from omrl.lineage import _row
-from omrl.rollouts import RolloutsConfig
+from omrl.rollouts import RolloutsConfig, build_shard
 from stages import params
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,6 +117,15 @@ def test_a_row_goes_back_to_the_script_and_the_report_names_it(built):
     assert "script" in metrics["reference"]
     assert "single-task SAC" not in metrics["reference"]
     assert not (built / "reports/figures/behavior.png").exists()
+
+
+def test_checkpoints_do_not_act_where_a_script_was_written_down(built, monkeypatch):
+    monkeypatch.chdir(built)
+    with pytest.raises(UserError, match="checkpoints: data/behavior/000-002 was made by behavior.engine = scripted"):
+        build_shard(
+            shard=SHARD, env="sawyer-affordances", env_config={}, config=RolloutsConfig(), seed=0, code=[], target="no"
+        )
+    assert not Path("no").exists()
 
 
 def test_skills_are_drawn_and_own_is_the_tasks_aim():
