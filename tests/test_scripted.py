@@ -121,7 +121,7 @@ def test_a_row_goes_back_to_the_script_and_the_report_names_it(built):
 
 def test_checkpoints_do_not_act_where_a_script_was_written_down(built, monkeypatch):
     monkeypatch.chdir(built)
-    with pytest.raises(UserError, match="checkpoints: data/behavior/000-002 was made by behavior.engine = scripted"):
+    with pytest.raises(UserError, match=r"checkpoints: data/behavior/000-002 was made by behavior\.engine = scripted"):
         build_shard(
             shard=SHARD, env="sawyer-affordances", env_config={}, config=RolloutsConfig(), seed=0, code=[], target="no"
         )
