@@ -3,13 +3,14 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
+METAWORLD := .venv-metaworld
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup repro test test-fast lint format bench pipelines lock clean clean-all
+.PHONY: help setup setup-metaworld test-metaworld repro test test-fast lint format bench pipelines lock clean clean-all
 
 help:  ## show the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
 
 $(STAMP): requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; OMRL needs Python 3.11 (set PYTHON=...)" >&2; exit 2; }
@@ -19,6 +20,18 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 setup: $(STAMP)  ## make the environment in .venv
+
+$(METAWORLD)/.setup-stamp: requirements-metaworld.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; OMRL needs Python 3.11 (set PYTHON=...)" >&2; exit 2; }
+	test -x $(METAWORLD)/bin/python || $(PYTHON) -m venv $(METAWORLD)
+	$(METAWORLD)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-metaworld.lock
+	$(METAWORLD)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+setup-metaworld: $(METAWORLD)/.setup-stamp  ## make the environment of the Meta-World families in .venv-metaworld
+
+test-metaworld: setup-metaworld  ## the tests of the Meta-World families, in their environment
+	$(METAWORLD)/bin/python -m pytest tests/test_metaworld.py tests/test_relabel.py -n 2 --dist loadfile
 
 repro: setup  ## rebuild every result of params.yaml and print the table
 	omrl check params.yaml
@@ -57,4 +70,4 @@ clean:  ## remove caches and unfinished work, keep data and results
 	find omrl stages tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean  ## also remove the environment and all built data (the DVC cache stays)
-	rm -rf $(VENV) data pipelines/*/data
+	rm -rf $(VENV) $(METAWORLD) data pipelines/*/data

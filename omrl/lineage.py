@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from omrl.behavior.base import checkpoint_name, task_folder
+from omrl.behavior.base import SCRIPT, checkpoint_name, task_folder
 from omrl.datasets.parquet import read_footer, read_table, read_transitions
 from omrl.datasets.schema import KEY
 from omrl.errors import UserError, suggest
@@ -235,7 +235,8 @@ def _run(pipeline: Pipeline, shard: str, task: int, step: int, recorded: str | N
     """Return checkpoint and SB3 run behind a transition; compare the checkpoint with what the rollouts recorded."""
     folder = pipeline.folder / "data/behavior" / shard
     manifest = read_manifest(folder)
-    name = f"{task_folder(task)}/{checkpoint_name(step)}"
+    script = f"{task_folder(task)}/{SCRIPT}"
+    name = script if script in manifest["files"] else f"{task_folder(task)}/{checkpoint_name(step)}"
     path = folder / name
     found = sha256(path) if path.is_file() else None
     expected = recorded or manifest["files"].get(name, {}).get("sha256")
@@ -307,7 +308,8 @@ def tree(result: dict[str, Any]) -> str:
         agreement = "as recorded" if checkpoint["sha256"] == checkpoint["recorded"] else "NOT as recorded"
         lines.append(f"  acted: {checkpoint['path']}")
         lines.append(f"         SHA-256 {checkpoint['sha256']} ({agreement})")
-        lines.append(f"  SB3 run: task {run['task']}, step {run['step']}, seed {run['seed']}")
+        what = "script" if run["behavior"]["engine"] == "scripted" else "SB3 run"
+        lines.append(f"  {what}: task {run['task']}, step {run['step']}, seed {run['seed']}")
         lines += [f"         {line}" for line in describe_parameters(run["behavior"])]
     if "sha256" in facts:
         lines.append(f"  SHA-256 {facts['sha256']}")

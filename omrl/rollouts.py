@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from omrl import seeding
-from omrl.behavior.base import checkpoint_name, replay_name, task_folder
+from omrl.behavior.base import SCRIPT, SCRIPT_STEPS, checkpoint_name, replay_name, task_folder
 from omrl.config import Config
 from omrl.datasets.parquet import (
     read_table,
@@ -31,6 +31,7 @@ from omrl.parallel import run_tasks
 
 if TYPE_CHECKING:
     from omrl.behavior.checkpoints import Actor
+    from omrl.behavior.scripted import Script
 
 EPISODES = "episodes.parquet"
 _SMALL = ("checkpoint", "episode", "step", "reward", "sparse_reward")  # what the episode table needs
@@ -42,7 +43,9 @@ class RolloutsConfig(Config):
 
     Attributes:
         source: ``checkpoints`` act anew; ``replay``: the transitions of the SAC runs themselves
-            (``behavior.keep_replay``), as MACAW's datasets are; then ``steps`` is ``all`` and the rest has no effect.
+            (``behavior.keep_replay``), as MACAW's datasets are; then ``steps`` is ``all`` and the rest has no effect;
+            ``scripted``: the family's script acts (``behavior.engine: scripted``), its "checkpoint" 0 a random skill
+            in every episode, 1 what the task wants.
         steps: SAC steps of the checkpoints that act, or ``all``.
         episodes_per_checkpoint: with sampled actions.
         deterministic_episodes: with mean actions, numbered after the sampled ones.
@@ -50,7 +53,9 @@ class RolloutsConfig(Config):
     """
 
     # the default is left out of what is recorded: files keep the bytes they had before there was a choice
-    source: Annotated[Literal["checkpoints", "replay"], Field(exclude_if=lambda x: x == "checkpoints")] = "checkpoints"
+    source: Annotated[Literal["checkpoints", "replay", "scripted"], Field(exclude_if=lambda x: x == "checkpoints")] = (
+        "checkpoints"
+    )
     steps: Literal["all"] | list[int] = "all"
     episodes_per_checkpoint: Annotated[int, Field(ge=1, le=100_000)] = 50
     deterministic_episodes: Annotated[int, Field(ge=0, le=100_000)] = 1
@@ -89,7 +94,7 @@ class RolloutsConfig(Config):
 
 
 def rollout(
-    actor: Actor,
+    actor: Actor | Script,
     family: Family,
     task: Task,
     *,
@@ -258,11 +263,13 @@ def rollout_task(
     import torch
 
     from omrl.behavior.checkpoints import load_actor
+    from omrl.behavior.scripted import script_of
 
     torch.set_num_threads(1)
     family = load_family(env, env_config)
     resolved = RolloutsConfig.model_validate(config)
-    hashes = {str(step): sha256(Path(checkpoints) / checkpoint_name(step)) for step in steps}
+    scripted = resolved.source == "scripted"
+    hashes = {str(step): sha256(Path(checkpoints) / (SCRIPT if scripted else checkpoint_name(step))) for step in steps}
     footer = {
         "environment": family.spec(),
         "task": task,
@@ -277,14 +284,21 @@ def rollout_task(
         else:
             transitions, episodes = [], []
             for step in steps:
+                own_seed = seeding.integer(seed, "rollouts", env, index, step)
+                actor: Actor | Script
+                if scripted:
+                    counts = (resolved.episodes_per_checkpoint, resolved.deterministic_episodes)
+                    actor = script_of(family, task, step, *counts, seeding.generator(own_seed, "skills"))
+                else:
+                    actor = load_actor(Path(checkpoints) / checkpoint_name(step))
                 columns, table = rollout(
-                    load_actor(Path(checkpoints) / checkpoint_name(step)),
+                    actor,
                     family,
                     task,
                     index=index,
                     checkpoint=step,
                     config=resolved,
-                    seed=seeding.integer(seed, "rollouts", env, index, step),
+                    seed=own_seed,
                 )
                 transitions.append(columns)
                 episodes.append(table)
@@ -322,9 +336,15 @@ def build_shard(
     inputs = input_hashes(tasks_file, behavior, *code)
     facts = read_json(behavior / "manifest.json")["parameters"]
     trained = facts["behavior"]
-    saved = range(0, trained["total_steps"] + 1, trained["checkpoint_every"])
+    if (trained.get("engine") == "scripted") != (config.source == "scripted"):
+        raise UserError(
+            f"params.yaml: rollouts.source = {config.source}: {behavior} was made by behavior.engine = "
+            f"{trained.get('engine')}; expected both to be scripted, or neither"
+        )
+    scripted = config.source == "scripted"
+    saved = SCRIPT_STEPS if scripted else range(0, trained["total_steps"] + 1, trained["checkpoint_every"])
     steps = config.checkpoint_steps(list(saved))
-    names = [checkpoint_name(step) for step in steps]
+    names = [SCRIPT] if scripted else [checkpoint_name(step) for step in steps]
     if config.source == "replay":
         names += [replay_name(last) for last in steps[1:]]
     verified(behavior, [f"{task_folder(t['index'])}/{name}" for t in tasks for name in names])

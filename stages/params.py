@@ -205,6 +205,7 @@ def check(path: str | Path = FILE) -> list[str]:
     _check_shards(top.shards, values.tasks, path)
     if values.rollouts.source == "replay" and not values.behavior.keep_replay:
         raise UserError(f"{path}: rollouts.source = replay: expected behavior.keep_replay = true, which keeps it")
+    _check_script(values, path)
     levels = importlib.import_module("omrl.datasets.quality")
     levels.check_levels(
         dataset.levels,
@@ -258,6 +259,19 @@ def check(path: str | Path = FILE) -> list[str]:
         module = registry.load("omrl.algorithms", entry.module(name), "algorithm")
         parse(module.CONFIG, entry.overrides, f"{path}: algorithms.{name}")
     return [f"{stage}@{cell}" for stage, names in _cell_names(top, dataset).items() for cell in names]
+
+
+def _check_script(values: Any, path: str | Path) -> None:
+    """Raise unless behavior and rollouts agree on whether a script acts, and the family has one."""
+    engine, source = values.behavior.engine, values.rollouts.source
+    if (engine == "scripted") != (source == "scripted"):
+        expected = "rollouts.source = scripted" if engine == "scripted" else "behavior.engine = scripted"
+        raise UserError(f"{path}: behavior.engine = {engine} with rollouts.source = {source}: expected {expected}, too")
+    scripted = importlib.import_module("omrl.behavior.scripted").Scripted
+    if source == "scripted" and not isinstance(values.family, scripted):
+        raise UserError(
+            f"{path}: rollouts.source = scripted: '{values.family.name}' has no script; expected checkpoints or replay"
+        )
 
 
 def _rolled_out(rollouts: Any, behavior: Any) -> tuple[list[int], int, int]:

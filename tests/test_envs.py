@@ -237,10 +237,10 @@ def test_importing_envs_does_not_import_torch():
 
 def test_names_are_file_names_and_ids_are_unique():
     names = registry.names("omrl.envs")
-    families = [load_family(name) for name in names]
+    families = [registry.load("omrl.envs", name).FAMILY for name in names]
     assert [family.name for family in families] == names
     assert len({family.env_id for family in families}) == len(families)
-    assert type(families[0]).env_id in gymnasium.registry
+    assert families[0].env_id in gymnasium.registry
 
 
 def test_published_facts_of_the_families():

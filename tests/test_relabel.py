@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,8 +20,14 @@ from omrl.envs.base import load_family
 from omrl.errors import UserError
 from omrl.files import read_json, write_json, write_manifest
 
+# an extra with an environment of its own
+EXTRA = pytest.mark.skipif(not importlib.util.find_spec("metaworld"), reason="needs 'make setup-metaworld'")
+FAMILIES = {
+    name: pytest.param(name, marks=EXTRA if name.startswith("metaworld-") else ())
+    for name in registry.names("omrl.envs")
+}
 REWARD_FAMILIES = [
-    name for name in registry.names("omrl.envs") if registry.load("omrl.envs", name).FAMILY.varies == "reward"
+    param for name, param in FAMILIES.items() if registry.load("omrl.envs", name).FAMILY.varies == "reward"
 ]
 ROWS, HORIZON = 60, 20
 
@@ -66,7 +74,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return set(a) == set(b) and all(a[n].dtype == b[n].dtype and a[n].tobytes() == b[n].tobytes() for n in a)
 
 
-@pytest.mark.parametrize("name", registry.names("omrl.envs"))
+@pytest.mark.parametrize("name", FAMILIES.values())
 @settings(max_examples=15, deadline=None)
 @given(task=st.integers(0, 49))
 def test_a_task_relabelled_as_itself_keeps_its_rewards_bit_for_bit(name, task):

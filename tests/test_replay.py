@@ -287,7 +287,10 @@ def test_the_params_of_replay_are_sound(tmp_path):
     ("changes", "message"),
     [
         ({"behavior": {"keep_replay": False}}, r"rollouts\.source = replay: expected behavior\.keep_replay = true"),
-        ({"rollouts": {"source": "replays"}}, r"rollouts\.source = 'replays': expected 'checkpoints' or 'replay'"),
+        (
+            {"rollouts": {"source": "replays"}},
+            r"rollouts\.source = 'replays': expected 'checkpoints', 'replay' or 'scripted'",
+        ),
         ({"rollouts": {"steps": [100, 200]}}, r"rollouts.*steps = \[100, 200\] with source = replay: expected all"),
         ({"behavior": {"horizon": 10}}, r"behavior\.horizon = 10: expected at least 20"),
         ({"behavior": {"keep_replay": "yes"}}, r"behavior\.keep_replay = 'yes': expected a valid bool"),

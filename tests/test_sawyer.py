@@ -11,7 +11,7 @@ import pytest
 from omrl.datasets.parquet import read_transitions, write_transitions
 from omrl.datasets.relabel import relabel_rows
 from omrl.envs.base import load_family
-from omrl.envs.sawyer_affordances import _TOLERANCE, AIMS, ScriptedCollector
+from omrl.envs.sawyer_affordances import AIMS, TOLERANCE, ScriptedCollector
 from omrl.errors import UserError
 from omrl.rollouts import RolloutsConfig, rollout
 
@@ -25,7 +25,7 @@ def first(aim: str) -> dict:
 
 
 def play(task: dict, seed: int = 0, skill: str | None = None):
-    actor = ScriptedCollector(task, [skill or task["aim"]])
+    actor = ScriptedCollector(task, [skill or task["aim"]] * SETTING.episodes_per_checkpoint)
     return rollout(actor, FAMILY, task, index=0, checkpoint=0, config=SETTING, seed=seed)
 
 
@@ -78,7 +78,7 @@ def test_rewards_by_hand():
         task = {**TASKS[0], "aim": aim, "goal": [0.6, 0.0, 0.1]}
         dense, sparse = FAMILY.reward(task, features, features, features, features)
         np.testing.assert_allclose(dense, [-missing], atol=1e-6)
-        assert sparse[0] == (0 if missing < _TOLERANCE[AIMS.index(aim)] else -1)
+        assert sparse[0] == (0 if missing < TOLERANCE[AIMS.index(aim)] else -1)
 
 
 def test_rollouts_keep_the_schema_their_seed_and_their_rewards(tmp_path):

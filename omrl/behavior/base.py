@@ -17,7 +17,9 @@ from omrl.config import Config
 from omrl.files import atomic_dir, canonical, input_hashes, read_json, scratch, write_manifest
 
 PROGRESS = "progress.csv"
-ENGINES = ("batched", "sb3")  # modules of this package
+SCRIPT = "script.json"  # what acts where nothing is trained
+SCRIPT_STEPS = (0, 1)  # its "checkpoints": random skills, what the task wants
+ENGINES = ("batched", "sb3", "scripted")  # modules of this package
 _PACKAGES = ("gymnasium", "mujoco", "numpy", "stable_baselines3", "torch")
 
 
@@ -76,7 +78,8 @@ class BehaviorConfig(Config):
 
     Attributes:
         engine: ``sb3``, one ``stable_baselines3.SAC`` process per task, or ``batched``, all tasks as one stacked
-            computation: the same algorithm, several times faster, other random numbers.
+            computation: the same algorithm, several times faster, other random numbers. ``scripted`` trains
+            nothing, the family's script acts (``rollouts.source: scripted``), and no other key has an effect.
         total_steps: environment steps per task.
         checkpoint_every: steps between checkpoints; divides ``total_steps``. Step 0, untrained, is kept too.
         horizon: steps of a training episode.
@@ -87,7 +90,7 @@ class BehaviorConfig(Config):
         sac: hyperparameters.
     """
 
-    engine: Literal["sb3", "batched"] = "batched"
+    engine: Literal["sb3", "batched", "scripted"] = "batched"
     total_steps: Annotated[int, Field(ge=1, le=10**8)] = 2000
     checkpoint_every: Annotated[int, Field(ge=1)] = 250
     horizon: Annotated[int, Field(ge=1)] = 200
@@ -99,6 +102,10 @@ class BehaviorConfig(Config):
 
     @model_validator(mode="after")
     def _grid(self) -> BehaviorConfig:
+        if self.engine == "scripted":
+            if others := sorted(self.model_fields_set - {"engine"}):
+                raise ValueError(f"{others[0]} with engine = scripted: expected no other key, a script is not trained")
+            return self
         if self.total_steps % self.checkpoint_every:
             raise ValueError(
                 f"total_steps = {self.total_steps} is not a multiple of checkpoint_every = {self.checkpoint_every}: "
@@ -122,8 +129,17 @@ class BehaviorConfig(Config):
         return self
 
     def checkpoint_steps(self) -> list[int]:
-        """Return the environment steps at which checkpoints are kept: 0, checkpoint_every, ..., total_steps."""
+        """Return the environment steps at which checkpoints are kept: 0, checkpoint_every, ..., total_steps.
+
+        A script's are 0, random skills, and 1, what the task wants.
+        """
+        if self.engine == "scripted":
+            return list(SCRIPT_STEPS)
         return list(range(0, self.total_steps + 1, self.checkpoint_every))
+
+    def resolved(self) -> dict[str, Any]:
+        """Return every value that has an effect, defaults included, as JSON types."""
+        return {"engine": self.engine} if self.engine == "scripted" else super().resolved()
 
 
 def task_folder(task: int) -> str:
@@ -254,6 +270,8 @@ def build_shard(
             names: dict[str, int | None] = {}
             steps = config.checkpoint_steps()
             expected = [PROGRESS, *map(checkpoint_name, steps)]
+            if config.engine == "scripted":
+                expected = [PROGRESS, SCRIPT]
             if config.keep_replay:
                 expected += map(replay_name, steps[1:])
             for run in runs:

@@ -36,6 +36,7 @@ from typing import Any
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import field_validator
 
 from omrl import seeding
 from omrl.envs._mujoco import Doubles, Motion, MujocoConfig, MujocoEnv, MujocoFamily, Physics
@@ -51,7 +52,7 @@ _FIXTURES_X, _DRAWER_Y, _BUTTON_Y, _HANDLE_Z, _BUTTON_Z = 0.8, 0.19, 0.1, 0.06, 
 _AWAY = 5.0  # m along x: where absent parts are, which keeps all models the same size
 _HOME = (0.6, 0.0, 0.2)
 # what may be missing, m: hand, object and button by SMAC's thresholds; the drawer's, 0.065 there, is tighter
-_TOLERANCE = np.array([0.08, 0.08, 0.05, 0.03, 0.03, 0.008], dtype=np.float32)
+TOLERANCE = np.array([0.08, 0.08, 0.05, 0.03, 0.03, 0.008], dtype=np.float32)
 _FAR = 0.12  # m, from home to a goal of the hand: more than its tolerance and the spread of starts
 _NOISE = 0.1  # standard deviation of the collector's actions
 
@@ -127,12 +128,25 @@ def _compile(
     return mujoco.MjModel.from_xml_string(text)
 
 
+class SawyerConfig(MujocoConfig):
+    """Nothing to set: the sparse reward is whether the aim is met, so it has no threshold."""
+
+    @field_validator("sparse_threshold")
+    @classmethod
+    def _none(cls, value: float | None) -> float | None:
+        if value is not None:
+            raise ValueError(
+                "expected no such key: the sparse reward of 'sawyer-affordances' is whether the aim is met"
+            )
+        return value
+
+
 class SawyerAffordances(MujocoFamily):
     """Do what the task wants in the scene it has."""
 
     name = "sawyer-affordances"
     env_id = "OMRL/SawyerAffordances-v0"
-    CONFIG = MujocoConfig
+    CONFIG = SawyerConfig
     observation_size = 9
     action_size = 4
     feature_size = 8
@@ -237,8 +251,14 @@ class SawyerAffordances(MujocoFamily):
     def rewards(self, task: Array, next_observation: Array, features: Array) -> tuple[Array, Array]:
         """Return the dense reward, and 0 where the aim is met, else -1."""
         missing = self.missing(task, features)
-        met = missing < _TOLERANCE[task[:, 0].astype(np.intp)]
+        met = missing < TOLERANCE[task[:, 0].astype(np.intp)]
         return -missing, np.where(met, np.float32(0), np.float32(-1)).astype(np.float32)
+
+    def script(self, task: Task, own: bool, sampled: int, plain: int, rng: np.random.Generator) -> ScriptedCollector:
+        """Return the collector: every episode with noise has a random skill, or all do what the task wants."""
+        aim = str(task["aim"])
+        skills = [aim] * (sampled + plain) if own else ScriptedCollector.skills(task, sampled + plain, rng)
+        return ScriptedCollector(task, skills[:sampled], skills[sampled:])
 
 
 class ScriptedCollector:
@@ -249,10 +269,11 @@ class ScriptedCollector:
 
     observation_size = SawyerAffordances.observation_size
 
-    def __init__(self, task: Task, skills: list[str]) -> None:
-        """``skills``: one of ``AIMS`` for each copy, or one for all of them."""
+    def __init__(self, task: Task, skills: list[str], plain: list[str] | None = None) -> None:
+        """``skills``: one of ``AIMS`` for each copy with noise, ``plain``: without; the same for both if not given."""
         self._task = task
         self._skills = skills
+        self._plain = skills if plain is None else plain
 
     @staticmethod
     def skills(task: Task, count: int, rng: np.random.Generator) -> list[str]:
@@ -263,12 +284,14 @@ class ScriptedCollector:
 
     def sample(self, observation: Array, noise: Array) -> Array:
         """Return the script's actions with noise of standard deviation 0.1, float32 [B, 4] in [-1, 1]."""
-        noisy = self.mean_action(observation) + np.float32(_NOISE) * noise
+        noisy = self._actions(observation, self._skills) + np.float32(_NOISE) * noise
         return np.clip(noisy, np.float32(-1), np.float32(1)).astype(np.float32)
 
     def mean_action(self, observation: Array) -> Array:
         """Return the script's actions, float32 [B, 4] in [-1, 1]."""
-        skills = self._skills if len(self._skills) > 1 else self._skills * len(observation)
+        return self._actions(observation, self._plain)
+
+    def _actions(self, observation: Array, skills: list[str]) -> Array:
         rows = [self._act(row, skill) for row, skill in zip(observation.astype(np.float64), skills, strict=True)]
         return np.array(rows, dtype=np.float32).reshape(-1, 4)
 

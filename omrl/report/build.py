@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from omrl import __version__
-from omrl.behavior.base import PROGRESS, task_folder
+from omrl.behavior.base import PROGRESS, SCRIPT, task_folder
 from omrl.envs.base import Family
 from omrl.errors import UserError
 from omrl.files import MANIFEST, atomic_dir, input_hash, read_json, read_manifest, write_json, write_text
@@ -160,7 +160,7 @@ def _pictures(
             "behavior",
             "Behavior policies",
             "Deterministic return of each task's SAC policy at its checkpoints.",
-            figures.behavior_curves(progress, references, family.returns),
+            figures.behavior_curves(progress, references, family.returns) if progress else None,
         ),
         (
             "datasets",
@@ -184,8 +184,10 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
     evaluations = tables.load_evaluations(plan["evaluations"])
     cards = {name: read_json(Path("data/datasets") / name / "card.json") for name in plan["datasets"]}
     progress = _progress(plan["shards"])
+    shard, (first, _) = next(iter(plan["shards"].items()))
+    scripted = (Path("data/behavior") / shard / task_folder(first) / SCRIPT).is_file()
     rows = tables.table_rows(evaluations, config)
-    references = tables.reference_rows(family, tasks, progress)
+    references = tables.reference_rows(family, tasks, progress, "script" if scripted else "single-task SAC")
     behavior = tables.behavior_rows(cards)
     facts = {
         "env": env,
@@ -200,7 +202,8 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
         "other_form": "Eq. 35" if family.config.resolved().get("sparse_reward") == "one-minus-distance" else "1 - d",
     }
     environment = scene.picture(family, tasks[0]["parameters"])
-    pictures = _pictures(rows, evaluations, references, cards, progress, family, tasks, config, environment)
+    curves = {} if scripted else progress  # nothing was learned
+    pictures = _pictures(rows, evaluations, references, cards, curves, family, tasks, config, environment)
     chain = lineage(evaluations)
     results = tables.results_frame(evaluations)
     target.mkdir(parents=True, exist_ok=True)

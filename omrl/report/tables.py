@@ -189,22 +189,25 @@ def _further_diagnostics(members: list[Evaluation]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
-def reference_rows(family: Family, tasks: list[dict[str, Any]], progress: dict[int, pd.DataFrame]) -> dict[str, float]:
+def reference_rows(
+    family: Family, tasks: list[dict[str, Any]], progress: dict[int, pd.DataFrame], single: str = "single-task SAC"
+) -> dict[str, float]:
     """Return mean returns over the test tasks to compare with.
 
-    ``oracle``, ``random`` and what else the family knows need no learning; ``single-task SAC`` is the last
-    checkpoint of each test task's own behavior policy, with mean actions.
+    ``oracle``, ``random`` and what else the family knows need no learning; ``single`` names the last checkpoint
+    of each test task's own behavior policy, with mean actions.
 
     Args:
         family: environment.
         tasks: rows of data/tasks/all.json.
         progress: task -> learning curve of its behavior policy.
+        single: what those policies are called.
     """
     test = [t for t in tasks if t["split"] == "test"]
     rows: dict[str, float] = {}
     if all(t["oracle_return"] is not None for t in test):
         rows["oracle"] = float(np.mean([t["oracle_return"] for t in test]))
-    rows["single-task SAC"] = float(np.mean([progress[t["index"]]["return"].iloc[-1] for t in test]))
+    rows[single] = float(np.mean([progress[t["index"]]["return"].iloc[-1] for t in test]))
     others = [family.references(t["parameters"]) for t in test]
     for name in others[0]:
         rows[name] = float(np.mean([values[name] for values in others]))
