@@ -1,24 +1,52 @@
-"""Contextual BCQ: batch-constrained Q-learning (Fujimoto et al., ICML 2019) conditioned on an inferred task.
+"""Contextual BCQ: batch-constrained Q-learning (Fujimoto et al., ICML 2019, Algorithm 1) on an inferred task.
 
-The baseline of MBML (Li et al., 2020) and FOCAL. A conditional VAE models the behavior's actions given (s, z); a
-perturbation network moves its samples by at most ``perturbation``; the Q target takes the best of ``candidates``
-such actions at s', each valued by lambda min + (1 - lambda) max of two target networks:
+The baseline of MBML (Li et al., 2020), FOCAL and FOCAL++: BCQ's state is (s, z), z = encoder(context).
 
-    y = k r + gamma (1 - terminal) max_i [lambda min_j Q'_j(s', a_i, z) + (1 - lambda) max_j Q'_j(s', a_i, z)]
+    VAE         mean (a - D(s, z, u))^2 + kl_weight * mean KL(E(s, a, z), N(0, I)),  u = m + std * noise
+    candidates  a_i = D(s, z, u_i) + perturbation * tanh(xi(s, D(s, z, u_i), z)),  u_i ~ N(0, I) clipped to +-vae_clip
+    Q           sum over j of mean (Q_j(s, a, z) - y)^2,
+                y = k r + gamma (1 - terminal) max_i [l min_j Q'_j(s', a_i, z) + (1 - l) max_j Q'_j(s', a_i, z)],
+                l = ``soft_min``, a_i moved by the target perturbation
+    xi          -mean Q_1(s, a_1, z) for one candidate, z detached
+    acting      the candidate of the largest Q_1
 
-The encoder is trained by the critic's and the VAE's loss together, as in MBML's released code (FOCAL's text says
-"Bellman gradients"; ``encoder_by_vae: false`` does that). The perturbation network sees the detached z.
+**What trains the encoder**: the Q loss and the VAE's loss together, as MBML's released code does. FOCAL's text
+(section 5) has "Bellman gradients" alone: ``encoder_by_vae: false``. The target and the perturbation never do.
 
-Differs from MBML's released code:
+**Acting is deterministic**: the latents u_i are drawn once from the model's seed and saved with the model, so that
+act() draws nothing and the same state and z give the same action, in every episode and after loading. In BCQ and
+in MBML's release they are drawn anew in each step.
 
-* FOCAL's deterministic encoder; there a product of Gaussians without a KL term, whose mean is what counts.
-* Networks of 3 x 256; there 7 to 9 x 1024.
-* Meta-batches with replacement; there all training tasks in every step.
-* The VAE's KL is a mean over rows and dimensions, weight 0.5, as there.
-* Acting is deterministic: the candidates at test time come from latents drawn once from the model's seed; there, and
-  in BCQ, they are drawn anew in each step.
+Where MBML's released code and this differ (BCQ's own in brackets):
 
-Known failure: returns of 0 on Sparse-Point-Robot in FOCAL's experiments, which leave it out there.
+===================  ==============================================  ================================================
+what                 MBML's released Contextual BCQ                  here
+===================  ==============================================  ================================================
+encoder              product of Gaussians, no KL term; (s, a, s',    FOCAL's deterministic one; s' where tasks differ
+                     r) always                                       in dynamics
+networks             7 to 9 x 1024 [2 x 400-300; VAE 2 x 750]        3 x 256 (FOCAL's), to be compared with the rest
+meta-batch           all training tasks                              16 drawn with replacement
+context, RL rows     disjoint                                        independent draws
+steps                100,000                                         ``meta_train.steps``
+gamma, reward scale  0.99, 1                                         the same; use FOCAL's gamma by environment
+===================  ==============================================  ================================================
+
+The other defaults agree: rates 3e-4 [1e-3], tau 0.005, ``soft_min`` 0.75, 10 candidates, perturbation 0.05, two VAE
+latents per action entry clipped to 0.5, log-std in [-4, 15], VAE's KL a mean over rows and dimensions with weight
+0.5, latent_dim 20, encoder 3 x 200, 128 context rows and 128 transitions per task.
+
+Cost per update, one thread, width 64, 16 x 64 rows: 3.2 times FOCAL's, 1.2 times with one candidate.
+
+Known failures:
+
+* Returns of 0 on Sparse-Point-Robot in FOCAL's experiments, which leave it out there (appendix).
+* Where the behavior is nearly uniform, latents clipped to 0.5 cover the middle of its actions only, and a small
+  perturbation cannot reach the rest. On the tests' two goals at actions of +-0.8 (uniform actions, 600 updates, one
+  seed) the policy ended 0.37 off with the defaults and with ``vae_clip: 2, kl_weight: 0.02``, and 0.12 off with
+  ``perturbation: 0.3``.
+* Rewards far from zero mean saturate the encoder: same tasks, ``perturbation: 0.3``, 10 added to or taken from every
+  reward: mean |z| 0.92 and 0.99, both tasks at the same z. Center the rewards, or choose a method whose encoder has
+  a loss of its own.
 """
 
 from __future__ import annotations
