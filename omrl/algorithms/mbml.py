@@ -1,35 +1,68 @@
-"""MBML: Multi-task Batch RL with Metric Learning (Li et al., NeurIPS 2020 workshop and release): distilled BCQ.
+"""MBML: Multi-task Batch RL with Metric Learning (Li et al., 2020, paper and release): distilled BCQ.
 
-Two phases in one training run:
+Two phases in one training run; the step is counted in a buffer of the model, so that a killed run goes on within
+its phase:
 
-1. the first ``bcq_steps`` updates: one BCQ per training task, none knowing of another, and per task an ensemble of
-   reward models (with next-state models where tasks differ in dynamics);
-2. then distillation into one context-conditioned BCQ: Q, decoder and perturbation regress what the task's own
-   networks say. The context encoder is a product of Gaussians, trained by the Q regression, a KL to N(0, I), and
-   the triplet loss over relabelled transitions:
+1. **teachers**, the first ``bcq_steps`` updates. One BCQ per training task, none knowing of another (losses as in
+   ``omrl.algorithms.bcq`` with the bare state), and per task an ensemble of models of the rewards that the encoder
+   sees (with next-state models where tasks differ in dynamics), by squared error.
+2. **student**, the rest: one context-conditioned BCQ that regresses what the task's own networks say.
 
-       mean over i != j of relu(KL(q(j's rows with i's rewards) || q(i's rows))
-                                - KL(q(j's rows with i's rewards) || q(j's rows)) + margin)
+       Q        mean (Q(s, a, z) - Q_1^task(s, a))^2                          z attached
+       decoder  mean (D(s, z, u) - D^task(s, u))^2, u clipped                 z detached
+       xi       mean (tanh xi(s, a, z) - tanh xi^task(s, a))^2, a = D^task    z detached
+       encoder  Q's loss + triplet + kl_weight * sum KL(q(z | c), N(0, I)); q is a product of Gaussians, one per row
+
+       triplet  mean over i != j of relu(KL(q(j's rows with i's rewards) || q(i's rows))
+                                         - KL(q(j's rows with i's rewards) || q(j's rows)) + margin)
 
    i's rewards on j's rows are the mean of ensemble i; rows whose members disagree (standard deviation at or above
-   ``threshold``) are left out. The context that the student acts on holds as many relabelled rows as true ones.
+   ``threshold``) are left out. The context that the student learns on holds as many relabelled rows as true ones.
 
-All tasks' networks are one stack, and an update touches those of the drawn tasks by batched matrix products.
+All tasks' networks are one stack, and an update touches those of the drawn tasks by batched matrix products. The
+scalars' names are the same in both phases, 0 where a phase does not have them; ``phase`` tells which it is, and
+``q_mean`` is the teachers' in phase 1 and the student's in phase 2.
 
-Differs from the release:
+===================  ==============================================  ================================================
+what                 released code                                   here
+===================  ==============================================  ================================================
+meta-batch           phase 2: all training tasks; phase 1: tasks     16 drawn with replacement; Adam steps the whole
+                     one after the other                             stack, a task not drawn has a zero gradient
+teachers kept        the best of several by true returns, which is   the last
+                     selection on the environment
+networks             9, 8 and 7 x 1024; teachers 400-300, VAE 750    3 x 256 (FOCAL's)
+ensemble             20 members, all see the same rows               5, also the same rows
+ensemble's training  4,000 updates of its own, walker's next state   the same updates as the BCQs, on the context's rows
+                     20,000
+next-state model     6 x 256, walker only                            a further output of the reward model
+steps                BCQ 50,000 to 250,000 by environment, then      5,000, then the rest of ``meta_train.steps``
+                     100,000
+threshold            0.02 (mazes) to 0.2 (humanoid) by environment   0.1 (ants, walker); next state 0.2 (walker)
+KL                   a product of ratios, overflows at 20            in logarithms
+                     dimensions
+few usable rows      crash below 64                                  the context is what there is
+encoder's input      (s, a, s', r) always                            s' where tasks differ in dynamics
+z, latents of acts   sampled; context collected online               posterior mean, fixed latents (see ``bcq``);
+                                                                     ``online-prior`` collects
+===================  ==============================================  ================================================
 
-* Meta-batches with replacement, Adam steps of the whole stack (a task that was not drawn has a zero gradient);
-  there every step uses all tasks, and phase 1 trains tasks one after the other.
-* The last BCQ is distilled; there the best of several by true returns, which is selection on the environment.
-* Networks of 3 x 256 and ensembles of 5; there 7 to 9 x 1024 and 20.
-* The ensembles train in the same updates as the BCQs.
-* Closed-form KL of diagonal Gaussians in logarithms; the release's product of ratios overflows at 20 dimensions.
-* Pairs without a usable row count as the constant margin, as there; too few usable rows for the context are
-  filled by nothing, there it crashes.
-* Acting is deterministic, see ``omrl.algorithms.bcq``; the release samples z and adapts online (``online-prior``).
+The other defaults agree: rates 3e-4, gamma 0.99, reward scale 1, tau 0.005, ``soft_min`` 0.75, 10 candidates,
+perturbation 0.05, latents clipped to 0.5, VAE's KL weight 0.5, one hidden layer of 128 per reward model, latent_dim
+20, encoder 3 x 200, margin 2, ``kl_weight`` 0.1, 64 context rows and 128 transitions per task. A pair without a
+usable row counts as the constant margin, as there. Not here: SAC started from the distilled Q, and the ablations
+without relabelling or triplet loss.
 
-Known failure: returns of 0 on Sparse-Point-Robot in FOCAL's experiments. It needs as much phase 1 as a single-task
-method; ``phase`` in the curves tells which scalars belong to which.
+Cost per update, one thread, width 64, 16 x 64 transitions and 32 context rows: 5.1 times FOCAL's in phase 1 and 6.1
+times in phase 2, for 20 tasks as for 80. Phase 2 grows with the square of the meta-batch.
+
+Known failures:
+
+* Returns of 0 on Sparse-Point-Robot in FOCAL's experiments, which leave it out there (appendix).
+* It needs as much phase 1 as a single-task method, for each task: with 80 tasks and a meta-batch of 16 a task is
+  in about every fifth update.
+* ``bcq_steps`` at or above ``meta_train.steps`` leaves an untrained student (``phase`` never becomes 2).
+* A threshold below the ensembles' disagreement switches the triplet off: ``usable`` near 0, ``triplet_loss`` at the
+  margin.
 """
 
 from __future__ import annotations
