@@ -257,7 +257,9 @@ def check(path: str | Path = FILE) -> list[str]:
         raise UserError(f"{path}: algorithms: expected at least one of {', '.join(registry.names('omrl.algorithms'))}")
     for name, entry in values.algorithms.items():
         module = registry.load("omrl.algorithms", entry.module(name), "algorithm")
-        parse(module.CONFIG, entry.overrides, f"{path}: algorithms.{name}")
+        config = parse(module.CONFIG, entry.overrides, f"{path}: algorithms.{name}")
+        if wrong := module.ALGORITHM.check(config, values.tasks.train, values.meta_train.steps):
+            raise UserError(f"{path}: algorithms.{name}.{wrong}")
     return [f"{stage}@{cell}" for stage, names in _cell_names(top, dataset).items() for cell in names]
 
 

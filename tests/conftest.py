@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = "pipelines/smoke"
@@ -138,3 +140,18 @@ def built(tmp_path_factory) -> Project:
 def project(built, tmp_path) -> Project:
     """A copy of the built project, data and cache included, free to change."""
     return built.copy(tmp_path / "omrl")
+
+
+@pytest.fixture
+def double_precision() -> Iterator[None]:
+    """Double precision on one thread, for numbers that have to hold on every CPU.
+
+    The metric loss has no gradient along a shift of all embeddings, only rounding, which Adam scales up to a whole
+    step: in single precision such numbers belong to the kernels of one CPU.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(threads)

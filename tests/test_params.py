@@ -102,6 +102,8 @@ def test_the_cells_are_those_of_the_graph():
         ("algorithms/focall", {}, r"algorithms\.focall: unknown algorithm 'focall': did you mean 'focal'\?"),
         ("algorithms/mine", {"algorithm": "fokal"}, r"algorithms\.mine\.algorithm = 'fokal': unknown algorithm"),
         ("algorithms/focal", {"laten_dim": 5}, r"algorithms\.focal\.laten_dim: unknown key; did you mean"),
+        ("algorithms/mbml", {"tasks": 99, "bcq_steps": 0}, r"algorithms\.mbml\.tasks = 99: expected tasks\.train = \d"),
+        ("algorithms/m", {"algorithm": "mbml", "tasks": 20, "bcq_steps": 10**9}, r"\.m\.bcq_steps = 10+: expected"),
         ("meta_train/steps", 0, r"meta_train\.steps = 0: expected greater than or equal to 1"),
         ("seeds", [], r"seeds = \[\]: expected"),
         ("seeds", [0, 0], r"seeds = \[0, 0\]: expected each seed once"),

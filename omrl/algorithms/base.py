@@ -97,6 +97,11 @@ class MetaAlgorithm(abc.ABC):
         self.config, self.sizes, self.seed, self.device = config, sizes, seed, pick_device(device)
         self.generator = torch.Generator().manual_seed(seeding.integer(seed, "algorithm"))
 
+    @classmethod
+    def check(cls, config: Any, tasks: int, steps: int) -> str | None:
+        """Return what in ``config`` does not fit so many training tasks and updates, as 'key = value: expected ...'."""
+        return None
+
     @abc.abstractmethod
     def batch_sizes(self) -> BatchSizes:
         """Return what an update wants to draw."""

@@ -70,7 +70,7 @@ class FocalConfig(ActorCriticConfig):
         metric_form: ``released`` or ``paper``, see ``distance_metric_loss``.
         metric_beta: weight of the repulsive term; None for Table 5(b)'s value of the power.
         metric_eps: in the denominator of the inverse powers.
-        metric_weight: weight of the whole loss.
+        metric_weight: weight of the whole loss; 0 leaves a deterministic encoder as it was initialized.
         meta_batch: tasks per update, drawn with replacement.
         rl_batch: transitions per drawn task for actor and critic.
         context_batch: transitions per drawn task for the encoder.
@@ -192,9 +192,10 @@ class Focal(MetaAlgorithm):
         if config.coupled:
             coupled = EncoderStep(self.encoder_optimizer, loss)
             return scalars | self.actor_critic.update(batch.transitions, z, extra, coupled)
-        self.encoder_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.encoder_optimizer.step()
+        if loss.requires_grad:  # it has nothing to learn with metric_weight = 0
+            self.encoder_optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.encoder_optimizer.step()
         return scalars | self.actor_critic.update(batch.transitions, z.detach(), extra)
 
     @torch.no_grad()

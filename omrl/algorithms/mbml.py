@@ -392,6 +392,17 @@ class Mbml(MetaAlgorithm):
             "distill_action_loss": imitation, "z_rms": z.square().mean().sqrt(), "q_mean": q.mean(),
         }  # fmt: skip
 
+    @classmethod
+    def check(cls, config: MbmlConfig, tasks: int, steps: int) -> str | None:
+        """Return what does not fit: another number of tasks, or no steps left for the student."""
+        if config.tasks != tasks:
+            return f"tasks = {config.tasks}: expected tasks.train = {tasks}"
+        if config.bcq_steps >= steps:
+            return (
+                f"bcq_steps = {config.bcq_steps}: expected below meta_train.steps = {steps}, the rest is distillation"
+            )
+        return None
+
     def update(self, batch: MetaBatch) -> dict[str, Tensor]:
         """Take one gradient step of the phase that this step belongs to; the other phase's scalars are 0."""
         if int(batch.tasks.max()) >= self.settings.tasks:
