@@ -1,7 +1,8 @@
-"""FOCAL++: the contrast by hand, gates of mean 1, identity at the start, momentum, arms, and that it learns."""
+"""FOCAL++: the contrast by hand, gates of mean 1, identity at the start, momentum, arms, learning, golden numbers."""
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -199,3 +200,106 @@ def test_two_goals_are_told_apart_and_solved(arm):
     tasks, s, a, r = draw(10**6)
     chosen = algorithm.act(s, algorithm.infer(Context(s, a, r)))[..., 0].mean(1)
     assert float((chosen - 0.8 * (1.0 - 2 * tasks)).abs().max()) < 0.25
+
+
+# --- golden numbers ----------------------------------------------------------------------------------------------
+
+# A change here is a change of results: see CONTRIBUTING.md, "Changes that move results". To refresh, run this
+# test and copy the dictionary that its failure prints. In double precision, so that they hold on every CPU.
+GOLDEN: dict[str, dict[str, float]] = {
+    "full": {
+        "contrastive_loss": 4.9480217,
+        "z_rms": 0.90790823,
+        "v_loss": 2.0084468,
+        "q_loss": 12919.508,
+        "q_mean": -0.0020544133,
+        "policy_loss": -1.3941332,
+        "entropy": 1.3985207,
+        "z_0": 0.99905075,
+        "z_1": 0.6487588,
+        "action_0": -0.0067652857,
+        "action_1": -0.01083043,
+        "gradient_encoder": 0.60584695,
+        "gradient_actor_critic": 84.701202,
+    },
+    "contrastive": {
+        "contrastive_loss": 4.9698135,
+        "z_rms": 0.0017920605,
+        "v_loss": 2.0122499,
+        "q_loss": 12919.667,
+        "q_mean": -0.00081707327,
+        "policy_loss": -1.39536,
+        "entropy": 1.3987421,
+        "z_0": -0.0039748183,
+        "z_1": 0.0016285943,
+        "action_0": -0.0065450244,
+        "action_1": -0.01041704,
+        "gradient_encoder": 0.00013489212,
+        "gradient_actor_critic": 81.522942,
+    },
+    "batch": {
+        "contrastive_loss": 5.2159822,
+        "z_rms": 0.91052134,
+        "v_loss": 2.009331,
+        "q_loss": 12919.53,
+        "q_mean": -0.0018072313,
+        "policy_loss": -1.3945139,
+        "entropy": 1.3985948,
+        "z_0": 1.0,
+        "z_1": 0.99999276,
+        "action_0": -0.0070133614,
+        "action_1": -0.010972497,
+        "gradient_encoder": 2.7619038,
+        "gradient_actor_critic": 85.005165,
+    },
+    "sequence": {
+        "contrastive_loss": 5.0747286,
+        "z_rms": 0.97296254,
+        "v_loss": 2.0105234,
+        "q_loss": 12919.592,
+        "q_mean": -0.0019809516,
+        "policy_loss": -1.3942868,
+        "entropy": 1.3988018,
+        "z_0": -0.98690784,
+        "z_1": -1.0,
+        "action_0": -0.0070764787,
+        "action_1": -0.010494666,
+        "gradient_encoder": 1.3305456,
+        "gradient_actor_critic": 91.484887,
+    },
+    "row": {
+        "contrastive_loss": 5.1359587,
+        "z_rms": 0.89636192,
+        "v_loss": 2.00707,
+        "q_loss": 12919.531,
+        "q_mean": -0.0017839557,
+        "policy_loss": -1.3944218,
+        "entropy": 1.3986965,
+        "z_0": 1.0,
+        "z_1": 0.96966664,
+        "action_0": -0.0059671387,
+        "action_1": -0.0096657817,
+        "gradient_encoder": 1.1911661,
+        "gradient_actor_critic": 79.856502,
+    },
+}
+
+
+@pytest.mark.parametrize("arm", ["full", "contrastive", "batch", "sequence", "row"])
+def test_golden_numbers(arm, double_precision):
+    algorithm = focalpp(**ARMS[arm])
+    if arm != "contrastive":
+        shaken(algorithm)
+    for i in range(3):
+        scalars = algorithm.update(meta_batch(i))
+    batch = meta_batch(9)
+    z = algorithm.infer(batch.context)
+    action = algorithm.act(batch.transitions.observation, z)[0, 0]
+    got = {name: float(value) for name, value in scalars.items()}
+    got |= {"z_0": float(z[0, 0]), "z_1": float(z[0, 1]), "action_0": float(action[0]), "action_1": float(action[1])}
+    for name, module in algorithm.modules().items():
+        gradients = [p.grad.norm() for p in module.parameters() if p.grad is not None]
+        if gradients:
+            got[f"gradient_{name}"] = float(torch.stack(gradients).norm())
+    text = json.dumps({name: float(f"{value:.8g}") for name, value in got.items()}, indent=4)
+    assert got == pytest.approx(GOLDEN.get(arm, {}), rel=1e-6, abs=1e-12), f"if this change is meant: {text}"
