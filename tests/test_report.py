@@ -21,7 +21,7 @@ from omrl.files import write_json, write_manifest, write_text
 from omrl.report import ReportConfig, figures, scene
 from omrl.report.build import build_report
 from omrl.report.published import TABLES
-from omrl.report.tables import drop, load_evaluations, table_rows
+from omrl.report.tables import Evaluation, drop, load_evaluations, table_rows
 
 FAMILY = load_family("sparse-point-robot")
 CONFIG = ReportConfig(bootstrap_samples=100, published="focal-table-6")
@@ -303,3 +303,11 @@ def test_the_environment_is_rendered_or_its_absence_told(folder, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     assert scene.picture(cheetah, cheetah.sample(0, 0))[1] is None
     assert "no OpenGL" in scene.picture(cheetah, cheetah.sample(0, 0))[0]
+
+
+@pytest.mark.parametrize(("rewarded", "shown"), [(1.0, False), (1.2, True)])
+def test_weights_that_are_all_one_are_no_attention(rewarded, shown):
+    weights = {"auc": 0.5, "rewarded": rewarded, "unrewarded": 1.0}
+    nothing = pd.DataFrame()
+    found = Evaluation("a", "b", "c", 0, Path(), nothing, nothing, nothing, {"attention": weights}, nothing)
+    assert (found.attention is not None) == shown

@@ -45,6 +45,11 @@ def _draw(size: tuple[float, float], paint: Callable[[Figure], None]) -> bytes:
         return buffer.getvalue()
 
 
+def _line(place: int) -> tuple[str, str]:
+    """Return color and style of a line: every further round of the colors has another style."""
+    return COLORS[place % len(COLORS)], ("-", "--", ":", "-.")[place // len(COLORS) % 4]
+
+
 def _label(cell: tuple[str, ...]) -> str:
     algorithm, *datasets = cell
     return f"{algorithm}: {' → '.join(datasets)}"
@@ -109,8 +114,8 @@ def training_curves(evaluations: list[Evaluation]) -> bytes:
         for axes, name in zip(panels, names, strict=False):
             for (algorithm, dataset, _), curve in models.items():
                 if name in curve:
-                    color = COLORS[kinds.index((algorithm, dataset)) % len(COLORS)]
-                    axes.plot(curve["step"], curve[name], color=color, lw=1, alpha=0.8)
+                    color, style = _line(kinds.index((algorithm, dataset)))
+                    axes.plot(curve["step"], curve[name], style, color=color, lw=1, alpha=0.8)
             axes.set_title(name, fontsize=9)
             if name in ("q_loss", "v_loss") and all((c[name] > 0).all() for c in models.values() if name in c):
                 axes.set_yscale("log")
@@ -118,7 +123,7 @@ def training_curves(evaluations: list[Evaluation]) -> bytes:
             axes.set_visible(False)
         for axes in panels[max(0, len(names) - columns) : len(names)]:
             axes.set_xlabel("gradient steps")
-        handles = [Line2D([], [], color=COLORS[i % len(COLORS)], label=_label(k)) for i, k in enumerate(kinds)]
+        handles = [Line2D([], [], color=_line(i)[0], ls=_line(i)[1], label=_label(k)) for i, k in enumerate(kinds)]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(kinds)))
 
     return _draw((9.5, 2.1 * -(-len(names) // 4) + 0.5), paint)
@@ -239,18 +244,17 @@ def dataset_returns(cards: dict[str, dict[str, Any]], returns: str) -> bytes | N
     return _draw((2.5 * len(shown) + 0.6, 2.5), paint)
 
 
-def _first_of_cells(evaluations: list[Evaluation], diagnostic: str) -> dict[tuple[str, str, str], Evaluation]:
-    """Return the first seed of every cell that has the diagnostic."""
+def _first_of_cells(evaluations: list[Evaluation]) -> dict[tuple[str, str, str], Evaluation]:
+    """Return the first seed of every cell."""
     found: dict[tuple[str, str, str], Evaluation] = {}
     for e in evaluations:
-        if e.diagnostics[diagnostic]:
-            found.setdefault(e.cell, e)
+        found.setdefault(e.cell, e)
     return found
 
 
 def attention(evaluations: list[Evaluation]) -> bytes | None:
     """Draw the densities of attention weights of rewarded and unrewarded transitions; None without attention."""
-    shown = list(_first_of_cells(evaluations, "attention").items())[:8]
+    shown = list(_first_of_cells([e for e in evaluations if e.attention]).items())[:8]
     if not shown:
         return None
     columns = min(4, len(shown))
@@ -258,7 +262,7 @@ def attention(evaluations: list[Evaluation]) -> bytes | None:
     def paint(figure: Figure) -> None:
         panels = np.atleast_1d(figure.subplots(-(-len(shown) // columns), columns)).reshape(-1)
         for axes, (cell, evaluation) in zip(panels, shown, strict=False):
-            found = evaluation.diagnostics["attention"]
+            found = evaluation.attention or {}
             edges = np.array(found["edges"])
             for place, kind in enumerate(("rewarded", "unrewarded")):
                 counts = np.array(found["counts"][kind], dtype=np.float64)
@@ -275,7 +279,7 @@ def attention(evaluations: list[Evaluation]) -> bytes | None:
 
 def sparsity(evaluations: list[Evaluation]) -> bytes | None:
     """Draw the embedding variance against the share of unrewarded transitions; None where it was not computed."""
-    shown = _first_of_cells(evaluations, "sparsity")
+    shown = _first_of_cells([e for e in evaluations if e.diagnostics["sparsity"]])
     if not shown:
         return None
 
@@ -306,14 +310,8 @@ def context_curves(evaluations: list[Evaluation], returns: str) -> bytes:
         cells = list(dict.fromkeys(e.cell for e in evaluations))
         for place, cell in enumerate(cells):
             frame = context_frame([e for e in evaluations if e.cell == cell])
-            style = "-" if place < len(COLORS) else "--"
-            axes.plot(
-                frame["context_transitions"],
-                frame["return"],
-                style,
-                color=COLORS[place % len(COLORS)],
-                label=_label(cell),
-            )
+            color, style = _line(place)
+            axes.plot(frame["context_transitions"], frame["return"], style, color=color, label=_label(cell))
         axes.set_xlabel("transitions of context")
         axes.set_ylabel(f"{returns} return, test tasks")
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))

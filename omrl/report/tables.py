@@ -42,6 +42,12 @@ class Evaluation:
         """The row of the table it belongs to."""
         return self.algorithm, self.train, self.test
 
+    @property
+    def attention(self) -> dict[str, Any] | None:
+        """How transitions are weighted; None where nothing is, or every weight is 1 for want of a gate."""
+        found: dict[str, Any] | None = self.diagnostics["attention"]
+        return None if found is None or found["rewarded"] == found["unrewarded"] == 1 else found
+
 
 def evaluation_folder(entry: dict[str, Any]) -> Path:
     """Return the folder of a planned evaluation."""
@@ -176,7 +182,7 @@ def _further_diagnostics(members: list[Evaluation]) -> dict[str, float]:
     """
     found: dict[str, list[float]] = {}
     for member in members:
-        if attended := member.diagnostics["attention"]:
+        if attended := member.attention:
             for key, name in (("auc", "attention_auc"), ("rewarded", "weight_rewarded"),
                               ("unrewarded", "weight_unrewarded")):  # fmt: skip
                 found.setdefault(name, []).append(attended[key])
