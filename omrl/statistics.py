@@ -1,4 +1,4 @@
-"""Aggregates over tasks and seeds: mean, interquartile mean, stratified bootstrap intervals."""
+"""Aggregates over tasks and seeds: mean, interquartile mean, bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -46,15 +46,18 @@ class Summary:
 def bootstrap_means(scores: NDArray[np.float64], samples: int, rng: np.random.Generator) -> NDArray[np.float64]:
     """Return bootstrap replicates of the mean of ``scores`` [seeds, tasks].
 
-    Tasks and seeds are both samples of what one wants to speak about, so both are resampled: in every
-    replicate, tasks are drawn with replacement, and for each drawn task (the stratum) its seeds.
+    Tasks and seeds are both samples of what one wants to speak about, so both are resampled, whole: a replicate
+    draws tasks and seeds with replacement and takes every drawn seed's score on every drawn task. One seed is one
+    model, good or bad on all tasks together; drawing seeds for each task anew, as the stratified bootstrap of
+    Agarwal et al. does for suites with a training per task, would call its luck 20 independent draws. With few
+    seeds the interval is still too narrow: the variance between s seeds is taken as (s - 1) / s of its estimate.
     """
     scores = np.asarray(scores, dtype=np.float64)
     seeds, tasks = scores.shape
     means = np.empty(samples)
     for i in range(samples):
         drawn = rng.integers(tasks, size=tasks)
-        means[i] = scores[rng.integers(seeds, size=(seeds, tasks)), drawn].mean()
+        means[i] = scores[rng.integers(seeds, size=seeds)][:, drawn].mean()
     return means
 
 
@@ -116,8 +119,8 @@ def compare(
 ) -> Difference:
     """Compare scores [seeds, tasks] of two cells on the same tasks, by a paired bootstrap.
 
-    In every replicate the tasks are drawn once for both, and for each drawn task the seeds of either one: the tasks'
-    difficulty, which both share, does not blur the difference.
+    In every replicate the tasks are drawn once for both, so that their difficulty, which both share, does not blur the
+    difference, and the seeds of either one, whole (see ``bootstrap_means``).
     """
     if first.shape[1] != second.shape[1]:
         raise ValueError(f"scores of {first.shape[1]} and {second.shape[1]} tasks: expected the same tasks")
@@ -125,7 +128,7 @@ def compare(
     found = np.empty(samples)
     for i in range(samples):
         drawn = rng.integers(tasks, size=tasks)
-        one, two = (x[rng.integers(len(x), size=(len(x), tasks)), drawn].mean() for x in (first, second))
+        one, two = (x[rng.integers(len(x), size=len(x))][:, drawn].mean() for x in (first, second))
         found[i] = one - two
     tail = (1 - confidence) / 2
     low, high = np.quantile(found, [tail, 1 - tail])

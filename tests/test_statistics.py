@@ -20,13 +20,23 @@ def test_iqm_ignores_outliers_of_a_quarter_on_each_side():
     assert iqm(np.array([-1e9, 1.0, 2.0, 1e9])) == 1.5
 
 
-def test_bootstrap_has_the_standard_error_of_two_stage_sampling():
-    """Closed form: resampling n tasks, and s seeds in each, has variance (v_tasks + mean v_seeds / s) / n."""
+@pytest.mark.parametrize("luck", [0.0, 3.0])
+def test_bootstrap_has_the_standard_error_of_whole_seeds_and_tasks(luck):
+    """Closed form: with effects of s seeds and n tasks and a rest, v_seeds / s + v_tasks / n + v_rest / (s n)."""
     rng = np.random.default_rng(0)
-    scores = rng.normal(size=(3, 20)) + 2 * rng.normal(size=20)
+    scores = rng.normal(size=(3, 20)) + 2 * rng.normal(size=20) + luck * rng.normal(size=(3, 1))
     found = bootstrap_means(scores, 20_000, np.random.default_rng(1)).std()
-    expected = np.sqrt((scores.mean(0).var() + scores.var(0).mean() / 3) / 20)
+    seeds, tasks = (scores.mean(axis, keepdims=True) - scores.mean() for axis in (1, 0))
+    rest = scores - scores.mean() - seeds - tasks
+    expected = np.sqrt(seeds.var() / 3 + tasks.var() / 20 + rest.var() / 60)
     assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_one_lucky_model_does_not_support_a_difference():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(3, 20)), rng.normal(size=(3, 20))
+    first[0] += 6.0  # one of three models is better on every task
+    assert not compare(first, second, 2000, 0.95, np.random.default_rng(1)).supported
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():

@@ -281,7 +281,7 @@ def markdown(
         "",
         f"{facts['returns'].capitalize()} return over {facts['horizon']} steps on {facts['test_tasks']} unseen tasks, "
         f"{facts['seeds']} seed(s); protocol `{facts['protocol']}`. Interval: {percent} "
-        "bootstrap over tasks and seeds." + (" Normalized: 0 random, 1 oracle." if "oracle" in references else "")
+        "bootstrap over tasks and whole seeds." + (" Normalized: 0 random, 1 oracle." if "oracle" in references else "")
         + (" Behind the best: paired over tasks; ~: not supported by these data." if rivals else ""),
         "",
         f"| {' | '.join(titles)} |",
