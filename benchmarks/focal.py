@@ -4,6 +4,9 @@ The reference reads like the pseudo-code (FOCAL Algorithm 1): a Python loop over
 a row table per task and field, a loop over pairs for the metric loss, two separate Q networks, default Adam
 and ``.item()`` for the curve. Both draw their batches. Absolute times depend on the machine; the ratio less.
 
+``fast`` is ours with ``meta_train.matmul: fast``, whose kernels are as exact; ``ratio`` is that of the two without it,
+and the reference always has PyTorch's default.
+
 ``of peak``: the floating-point operations in ours' matrix products per second, as a share of what one large product
 of the same precision reaches with the same threads.
 
@@ -25,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from omrl.algorithms.base import Sizes, create
 from omrl.datasets.buffer import TaskBuffers
+from omrl.precision import Kernels, set_kernels
 from omrl.training import Curve, Sampler
 
 TASKS, ROWS, OBS, ACT, LATENT, META_BATCH = 20, 10_000, 2, 2, 20, 16
@@ -139,6 +143,18 @@ def ours(data: TaskBuffers, **values: Any) -> Callable[[], None]:
     return lambda: curve.add(algorithm.update(sampler.draw()))
 
 
+def with_kernels(kind: Kernels, step: Callable[[], Any]) -> Callable[[], None]:
+    """Return ``step`` with its kernels; the default ones are back afterwards."""
+    chosen = set_kernels(kind)
+
+    def run() -> None:
+        torch.set_float32_matmul_precision(chosen)
+        step()
+        torch.set_float32_matmul_precision("highest")
+
+    return run
+
+
 def rates(steps: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
     """Return steps per second of each, measured in turns so that a busy moment meets all."""
     for step in steps.values():
@@ -176,8 +192,8 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{TASKS} tasks, meta-batch {META_BATCH}, latent {LATENT}; ours on {device}, reference on CPU; best of 4")
     print(
-        f"{'width, RL, context':<20}{'threads':>8}{'ours':>9}{'regularized':>13}{'reference':>11}{'ratio':>7}"
-        f"{'of peak':>9}"
+        f"{'width, RL, context':<20}{'threads':>8}{'ours':>9}{'regularized':>13}{'fast':>9}{'reference':>11}"
+        f"{'ratio':>7}{'fast':>7}{'of peak':>9}"
     )
     for name, sizes in CASES.items():
         for threads in (1, 2):
@@ -188,13 +204,15 @@ def main() -> None:
                 {
                     "ours": mine,
                     "regularized": ours(data, **sizes, regularization={"policy": True, "alpha": 50.0}),
+                    "fast": with_kernels("fast", ours(data, **sizes)),
                     "reference": Reference(data, **sizes).step,
                 },
                 seconds,
             )
             print(
                 f"{name:<20}{threads:>8}{found['ours']:>9.1f}{found['regularized']:>13.1f}"
-                f"{found['reference']:>11.1f}{found['ours'] / found['reference']:>7.2f}"
+                f"{found['fast']:>9.1f}{found['reference']:>11.1f}{found['ours'] / found['reference']:>7.2f}"
+                f"{found['fast'] / found['reference']:>7.2f}"
                 f"{found['ours'] * operations(mine) / peak():>9.0%}",
                 flush=True,
             )

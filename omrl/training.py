@@ -24,6 +24,7 @@ from omrl.datasets.buffer import ORDER, TaskBuffers
 from omrl.encoders import Context
 from omrl.errors import UserError
 from omrl.files import atomic_dir, atomic_path, input_hashes, read_json, scratch, write_manifest, write_text
+from omrl.precision import Kernels, set_kernels
 from omrl.progress import Progress
 
 CURVE = "curve.csv"
@@ -39,6 +40,7 @@ class MetaTrainConfig(Config):
         log_every: steps per row of the curve; each row is the mean over them.
         checkpoint_every: steps between saves of the training state, from which a killed run goes on.
         threads: of torch. Part of the params because one and two threads give different bits.
+        matmul: ``float32``, or ``fast``: other kernels where they are as exact, see ``omrl.precision``; other bits.
         time_limit_terminal: count time-limit ends as terminal, as the released FOCAL code does (0.5 % of the
             rows with 200-step episodes).
     """
@@ -47,6 +49,7 @@ class MetaTrainConfig(Config):
     log_every: Annotated[int, Field(ge=1)] = 100
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
     threads: Annotated[int, Field(ge=1, le=256)] = 2
+    matmul: Kernels = "float32"
     time_limit_terminal: bool = False
 
 
@@ -189,6 +192,7 @@ def train(
     """
     keep_memory()
     torch.set_num_threads(config.threads)
+    set_kernels(config.matmul)
     curve = Curve()
     done = _load_state(state, algorithm, sampler, curve)
     saved = done

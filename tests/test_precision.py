@@ -1,0 +1,45 @@
+"""The kernels that multiply matrices: ``fast`` is exact or the default."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from omrl import precision
+from omrl.config import parse
+from omrl.errors import UserError
+from omrl.training import MetaTrainConfig
+
+
+@pytest.fixture(autouse=True)
+def _restored():
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_the_default_kernels_have_the_error_of_float32():
+    assert 0 < precision.product_error("highest") < 2e-6
+
+
+def test_asking_for_an_error_changes_no_setting():
+    torch.set_float32_matmul_precision("high")
+    precision.product_error("medium")
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_fast_is_as_exact_as_float32_on_this_processor():
+    chosen = precision.set_kernels("fast")
+    assert torch.get_float32_matmul_precision() == chosen
+    assert precision.product_error(chosen) < 1e-5
+
+
+@pytest.mark.parametrize(("error", "chosen"), [(2.5e-3, "highest"), (6e-7, "medium")])
+def test_kernels_that_round_are_not_taken(monkeypatch, error, chosen):
+    monkeypatch.setattr(precision, "product_error", lambda _: error)
+    assert precision.set_kernels("fast") == chosen
+    assert precision.set_kernels("float32") == "highest"
+
+
+def test_another_kind_is_refused():
+    with pytest.raises(UserError, match=r"meta_train\.matmul = 'tf32': expected 'float32' or 'fast'"):
+        parse(MetaTrainConfig, {"matmul": "tf32"}, "params.yaml: meta_train")
