@@ -12,7 +12,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 # ground floor first; a floor imports only floors below it, or its own
 FLOORS = [
-    r"omrl\.(errors|seeding|registry|config|files|progress|parallel|fingerprint|allocator|yaml12)",
+    r"omrl\.(errors|seeding|registry|config|files|progress|parallel|fingerprint|allocator|precision|yaml12)",
     r"omrl\.(datasets|envs)(\..*)?",
     r"omrl\.(nets|encoders|attention)",
     r"omrl\.actor_critic",
