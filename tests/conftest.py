@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = "pipelines/smoke"
@@ -149,6 +148,8 @@ def double_precision() -> Iterator[None]:
     The metric loss has no gradient along a shift of all embeddings, only rounding, which Adam scales up to a whole
     step: in single precision such numbers belong to the kernels of one CPU.
     """
+    import torch  # two seconds that the end-to-end tests do not need
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)

@@ -21,11 +21,7 @@ from omrl.errors import UserError
 TASKS, ROWS, OBS, ACT, LATENT = 3, 5, 2, 2, 4
 
 
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def source(seed: int) -> torch.Generator:
