@@ -139,6 +139,7 @@ def _number(pipeline: Pipeline, keys: list[str]) -> tuple[dict[str, Any], list[O
         value, place = value[key], [*place, key]
     prefix = "data/evaluations/" + "/".join(keys[:3])
     found = [out for out in pipeline.outputs() if out.path.startswith(prefix + "/")]
+    found.sort(key=lambda out: (len(out.path), out.path))  # by seed; dvc.lock has the order in which they were built
     if seed:
         found = [out for out in found if out.path == f"{prefix}/{seed}"]
     if not found:

@@ -105,6 +105,18 @@ def test_rows_and_numbers_that_do_not_exist_are_user_errors(made):
         trace(pipeline, "focal/expert")
 
 
+def test_the_seeds_behind_a_number_come_in_their_order(made):
+    (made / "reports").mkdir()
+    (made / "reports/metrics.json").write_text(json.dumps({"focal": {"expert": {"medium": {"mean": 1.0}}}}))
+    lock = yaml.safe_load((made / "dvc.lock").read_text())
+    paths = [f"data/evaluations/focal/expert/medium/{seed}" for seed in (2, 10, 0)]
+    for stage, path in [*((f"evaluate@{i}", p) for i, p in enumerate(paths)), ("report", "reports")]:
+        lock["stages"][stage] = {"cmd": "python", "outs": [{"path": path, "md5": "0" * 32 + ".dir", "size": 1}]}
+    (made / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
+    found = trace(Pipeline(made), "focal/expert/medium/mean")["facts"]["evaluations"]
+    assert found == [paths[2], paths[0], paths[1]]
+
+
 @pytest.mark.parametrize("content", ["", "stages: 3", "stages: {a: {outs: 1}}", "\x00", "a: [", "stages: {a: [1]}"])
 def test_a_damaged_lock_is_a_user_error(made, content):
     (made / "dvc.lock").write_text(content)
