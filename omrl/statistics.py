@@ -43,6 +43,11 @@ class Summary:
         return self.seeds * self.tasks
 
 
+def _mean_of_drawn(scores: NDArray[np.float64], tasks: NDArray[np.int64], rng: np.random.Generator) -> np.float64:
+    """Return the mean of ``scores`` [seeds, tasks] over drawn tasks and, drawn here, whole seeds."""
+    return scores[rng.integers(len(scores), size=len(scores))][:, tasks].mean()
+
+
 def bootstrap_means(scores: NDArray[np.float64], samples: int, rng: np.random.Generator) -> NDArray[np.float64]:
     """Return bootstrap replicates of the mean of ``scores`` [seeds, tasks].
 
@@ -53,11 +58,11 @@ def bootstrap_means(scores: NDArray[np.float64], samples: int, rng: np.random.Ge
     seeds the interval is still too narrow: the variance between s seeds is taken as (s - 1) / s of its estimate.
     """
     scores = np.asarray(scores, dtype=np.float64)
-    seeds, tasks = scores.shape
+    tasks = scores.shape[1]
     means = np.empty(samples)
     for i in range(samples):
-        drawn = rng.integers(tasks, size=tasks)
-        means[i] = scores[rng.integers(seeds, size=seeds)][:, drawn].mean()
+        drawn = rng.integers(tasks, size=(tasks,))
+        means[i] = _mean_of_drawn(scores, drawn, rng)
     return means
 
 
@@ -127,9 +132,8 @@ def compare(
     tasks = first.shape[1]
     found = np.empty(samples)
     for i in range(samples):
-        drawn = rng.integers(tasks, size=tasks)
-        one, two = (x[rng.integers(len(x), size=len(x))][:, drawn].mean() for x in (first, second))
-        found[i] = one - two
+        drawn = rng.integers(tasks, size=(tasks,))
+        found[i] = _mean_of_drawn(first, drawn, rng) - _mean_of_drawn(second, drawn, rng)
     tail = (1 - confidence) / 2
     low, high = np.quantile(found, [tail, 1 - tail])
     return Difference(float(first.mean() - second.mean()), float(low), float(high))
