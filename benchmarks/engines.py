@@ -21,8 +21,8 @@ from scipy import stats
 
 from omrl.behavior import batched, sb3
 from omrl.behavior.base import PROGRESS, BehaviorConfig, Run
+from omrl.core.parallel import worker_count
 from omrl.envs.base import load_family
-from omrl.parallel import worker_count
 
 ENGINES = {"sb3": sb3.train, "batched": batched.train}
 SPEED: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {  # family, tasks, steps, steps of sb3, settings

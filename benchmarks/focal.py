@@ -27,9 +27,9 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from omrl.algorithms.base import Sizes, create
-from omrl.datasets.buffer import TaskBuffers
-from omrl.precision import Kernels, set_kernels
-from omrl.training import Curve, Sampler
+from omrl.core.precision import Kernels, set_kernels
+from omrl.data.taskdata import TaskBuffers
+from omrl.learning.train import Curve, Sampler
 
 TASKS, ROWS, OBS, ACT, LATENT, META_BATCH = 20, 10_000, 2, 2, 20, 16
 CASES: dict[str, dict[str, int]] = {  # width, RL batch, context batch

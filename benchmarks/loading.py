@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from _bench import best
 
-from omrl.datasets.buffer import TaskBuffers
-from omrl.datasets.parquet import write_transitions
-from omrl.datasets.schema import TYPES, VECTORS
-from omrl.files import write_manifest
+from omrl.core.files import write_manifest
+from omrl.data.parquet import write_transitions
+from omrl.data.schema import TYPES, VECTORS
+from omrl.data.taskdata import TaskBuffers
 
 TASKS, ROWS, WIDTH = 20, 10_000, 20
 

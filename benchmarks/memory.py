@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from omrl.datasets.schema import Columns
+from omrl.core.files import write_json, write_manifest
+from omrl.data.schema import Columns
 from omrl.envs.base import Family, load_family
-from omrl.files import write_json, write_manifest
 
 LIMIT = 8 << 30
 ENV, HORIZON, STEPS = "humanoid-dir", 1000, 20
@@ -52,9 +52,9 @@ def transitions(family: Family, task: int, rows: int, rng: np.random.Generator) 
 
 def prepare(tasks: int, rows: int) -> None:
     """Lay out data/tasks and data/rollouts as the stages before cutting leave them."""
-    from omrl.cutting import task_file
-    from omrl.datasets.parquet import write_table, write_transitions
-    from omrl.rollouts import EPISODES
+    from omrl.behavior.rollouts import EPISODES
+    from omrl.data.build import task_file
+    from omrl.data.parquet import write_table, write_transitions
 
     family, rng = load_family(ENV), np.random.default_rng(0)
     members: list[dict[str, Any]] = [
@@ -83,8 +83,8 @@ def prepare(tasks: int, rows: int) -> None:
 
 def cut(tasks: int, rows: int) -> None:
     """Cut the level that takes everything."""
-    from omrl.cutting import build_level
-    from omrl.datasets.quality import LevelConfig
+    from omrl.data.build import build_level
+    from omrl.data.quality import LevelConfig
 
     build_level(
         name="mixed", level=LevelConfig(steps="all"), rows=rows, family=load_family(ENV), seed=0,
@@ -94,8 +94,8 @@ def cut(tasks: int, rows: int) -> None:
 
 def relabel(tasks: int, rows: int) -> None:
     """Relabel the merged support of all tasks for every task."""
-    from omrl.cutting import build_relabelled
-    from omrl.datasets.relabel import RelabelConfig
+    from omrl.data.build import build_relabelled
+    from omrl.data.relabel import RelabelConfig
 
     build_relabelled(
         name="relabelled", config=RelabelConfig(source="mixed"), rows=rows, family=load_family(ENV), seed=0,
@@ -106,7 +106,7 @@ def relabel(tasks: int, rows: int) -> None:
 def train(tasks: int, rows: int) -> None:
     """Load every task and take some FOCAL steps."""
     from omrl.algorithms.base import Sizes
-    from omrl.training import MetaTrainConfig, build_model
+    from omrl.learning.train import MetaTrainConfig, build_model
 
     family = load_family(ENV)
     build_model(
@@ -121,8 +121,8 @@ def replay(tasks: int, rows: int) -> None:
     """Keep the replay of one run, as many rows as all tasks together have, and turn it into rollouts."""
     from omrl.behavior.base import replay_name
     from omrl.behavior.replay import ReplayWriter
+    from omrl.behavior.rollouts import from_replay
     from omrl.envs.base import StepResult
-    from omrl.rollouts import from_replay
 
     family, rng = load_family(ENV), np.random.default_rng(0)
     folder, every = Path("data/replay"), rows

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from _bench import best, table
 
-from omrl.datasets.relabel import relabel_rows
+from omrl.data.relabel import relabel_rows
 from omrl.envs.base import load_family
 
 TASKS, ROWS = 20, 10_000
@@ -34,7 +34,7 @@ def main() -> None:
             relabel_rows(columns, index, task, family.reward)
 
     seconds = best(peer, 2) * TASKS / 2
-    table("rows/s", TASKS * ROWS, ("pandas apply", seconds), ("omrl.datasets.relabel.relabel_rows", best(ours)))
+    table("rows/s", TASKS * ROWS, ("pandas apply", seconds), ("omrl.data.relabel.relabel_rows", best(ours)))
 
 
 if __name__ == "__main__":

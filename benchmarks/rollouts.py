@@ -12,9 +12,9 @@ from stable_baselines3 import SAC
 
 from omrl.behavior.base import BehaviorConfig
 from omrl.behavior.checkpoints import load_actor
+from omrl.behavior.rollouts import RolloutsConfig, rollout
 from omrl.behavior.sb3 import make_model, save_checkpoint
 from omrl.envs.base import load_family
-from omrl.rollouts import RolloutsConfig, rollout
 
 EPISODES, HORIZON = 50, 200
 
@@ -44,7 +44,9 @@ def main() -> None:
             rollout(load_actor(path), family, task, index=0, checkpoint=0, config=config, seed=0)
 
         work = EPISODES * HORIZON
-        table("transitions/s", work, ("SB3 predict loop", best(peer, 2)), ("omrl.rollouts.rollout", best(ours)))
+        table(
+            "transitions/s", work, ("SB3 predict loop", best(peer, 2)), ("omrl.behavior.rollouts.rollout", best(ours))
+        )
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import gymnasium
 import numpy as np
 from _bench import best, table
 
+from omrl.core.parallel import worker_count
 from omrl.envs.base import BatchEnv, load_family
-from omrl.parallel import worker_count
 
 TASKS, STEPS = 100, 60
 CASES = {"half-cheetah-vel": "HalfCheetah-v5", "walker-rand-params": "Walker2d-v5"}

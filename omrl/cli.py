@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from omrl import __version__, registry
-from omrl.errors import UserError, run
+from omrl import __version__
+from omrl.core import registry
+from omrl.core.errors import UserError, run
 
 app = typer.Typer(
     add_completion=False,
@@ -36,7 +37,7 @@ def main(
 @app.command()
 def check(file: Annotated[Path, typer.Argument(help="a params.yaml")] = Path("params.yaml")) -> None:
     """Check everything in a params.yaml and count the cells it asks for."""
-    from stages.params import check as check_params
+    from omrl.experiment import check as check_params
 
     cells = check_params(file)
     print(f"{file}: ok, {len(cells)} cells")
@@ -50,7 +51,7 @@ def list_() -> None:
         for name in registry.names(package):
             summary = (registry.load(package, name).__doc__ or "").strip().splitlines()[0]
             print(f"  {name:<22}{summary}")
-    from omrl.protocols import PROTOCOLS
+    from omrl.evaluation.protocols import PROTOCOLS
 
     print("evaluation protocols:")
     for name, summary in PROTOCOLS.items():
@@ -60,7 +61,7 @@ def list_() -> None:
 @app.command()
 def data(path: Annotated[Path, typer.Argument(help="a dataset folder or a Parquet file")]) -> None:
     """Show a dataset's card: rows, returns by checkpoint, ranges."""
-    from omrl.datasets.card import describe
+    from omrl.data.cards import describe
 
     print(describe(path))
 
@@ -82,8 +83,8 @@ def lineage(
 
     Ends with code 1 if something on disk is not what dvc.lock records.
     """
-    from omrl.lineage import trace, tree
-    from omrl.pipeline import Pipeline, find_pipeline
+    from omrl.provenance.lineage import trace, tree
+    from omrl.provenance.lockfile import Pipeline, find_pipeline
 
     name, colon, rest = target.partition(":")
     folder = pipeline if pipeline is not None else find_pipeline(Path(name))
@@ -105,8 +106,8 @@ def verify(
     pipeline: Annotated[Path | None, typer.Option(help="one pipeline; else all that have a dvc.lock")] = None,
 ) -> None:
     """Check every output against dvc.lock, the cache objects behind it, and the manifests."""
-    from omrl.pipeline import Pipeline, all_pipelines
-    from omrl.verify import verify as verify_pipeline
+    from omrl.provenance.lockfile import Pipeline, all_pipelines
+    from omrl.provenance.verify import verify as verify_pipeline
 
     folders = [pipeline] if pipeline is not None else all_pipelines()
     if not folders:

@@ -6,8 +6,8 @@ import importlib
 import sys
 
 from omrl.behavior.base import build_shard
-from omrl.errors import run
-from stages.params import load
+from omrl.core.errors import run
+from omrl.experiment import load
 
 
 def main() -> None:

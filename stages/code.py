@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from omrl import registry
 from omrl.behavior.base import ENGINES
-from omrl.errors import UserError, run
-from omrl.files import atomic_dir, write_json
-from omrl.fingerprint import fingerprint
-from stages.params import load
+from omrl.core import registry
+from omrl.core.errors import UserError, run
+from omrl.core.files import atomic_dir, write_json
+from omrl.experiment import load
+from omrl.provenance.fingerprint import fingerprint
 
 
 def main() -> None:
@@ -23,9 +23,8 @@ def main() -> None:
         )
     with atomic_dir("data/code") as folder:
         for name in registry.names("stages"):
-            if name != "params":
-                module = name.replace("-", "_")
-                write_json(folder / "stages" / f"{module}.json", fingerprint(f"stages.{module}"))
+            module = name.replace("-", "_")
+            write_json(folder / "stages" / f"{module}.json", fingerprint(f"stages.{module}"))
         for name in registry.names("omrl.envs"):
             write_json(folder / "envs" / f"{name}.json", fingerprint(f"omrl.envs.{name.replace('-', '_')}"))
         for name in ENGINES:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from omrl.cutting import build_level
-from omrl.errors import run
-from omrl.files import read_json
-from stages.params import load
+from omrl.core.errors import run
+from omrl.core.files import read_json
+from omrl.data.build import build_level
+from omrl.experiment import load
 
 
 def main() -> None:

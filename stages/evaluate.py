@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from omrl.errors import run
-from omrl.evaluation import build_evaluation
-from stages.params import load
+from omrl.core.errors import run
+from omrl.evaluation.evaluate import build_evaluation
+from omrl.experiment import load
 
 
 def main() -> None:

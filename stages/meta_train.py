@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 from omrl.algorithms.base import Sizes
-from omrl.errors import run
-from omrl.training import build_model
-from stages.params import load
+from omrl.core.errors import run
+from omrl.experiment import load
+from omrl.learning.train import build_model
 
 
 def main() -> None:

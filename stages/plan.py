@@ -10,9 +10,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from omrl.errors import run
-from omrl.files import write_json
-from stages.params import cells, check
+from omrl.core.errors import run
+from omrl.core.files import write_json
+from omrl.experiment import cells, check
 
 
 def prune(folder: Path, keep: set[Path]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from omrl.cutting import build_relabelled
-from omrl.errors import run
-from stages.params import load
+from omrl.core.errors import run
+from omrl.data.build import build_relabelled
+from omrl.experiment import load
 
 
 def main() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from omrl.errors import run
-from omrl.rollouts import build_shard
-from stages.params import load
+from omrl.behavior.rollouts import build_shard
+from omrl.core.errors import run
+from omrl.experiment import load
 
 
 def main() -> None:

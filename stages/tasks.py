@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from omrl.errors import run
-from omrl.files import atomic_dir, write_json
-from stages.params import load
+from omrl.core.errors import run
+from omrl.core.files import atomic_dir, write_json
+from omrl.experiment import load
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from omrl.actor_critic import ActorCritic, ActorCriticConfig, EncoderStep, Transitions, divergence, join
-from omrl.config import parse
-from omrl.errors import UserError
+from omrl.core.config import parse
+from omrl.core.errors import UserError
+from omrl.nets.actor_critic import ActorCritic, ActorCriticConfig, EncoderStep, Transitions, divergence, join
 
 TASKS, ROWS, OBS, ACT, LATENT = 3, 5, 2, 2, 4
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from conftest import SMOKE, Project
 
-from omrl.datasets.parquet import read_transitions
-from omrl.pipeline import Pipeline, md5_of
+from omrl.data.parquet import read_transitions
+from omrl.provenance.lockfile import Pipeline, md5_of
 
 pytestmark = pytest.mark.e2e
 

@@ -16,8 +16,8 @@ from torch.distributions import normal
 from omrl.behavior import batched, sb3
 from omrl.behavior.base import BehaviorConfig, Run
 from omrl.behavior.checkpoints import load_actor
+from omrl.core.errors import UserError
 from omrl.envs.base import load_family
-from omrl.errors import UserError
 
 CPU = torch.device("cpu")
 TINY = {"net_arch": [16, 12], "batch_size": 8, "learning_starts": 20, "gamma": 0.97, "tau": 0.05}

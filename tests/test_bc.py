@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from omrl.actor_critic import Transitions
 from omrl.algorithms import bc
 from omrl.algorithms.base import MetaBatch, Sizes, create
-from omrl.encoders import Context
-from omrl.errors import UserError
-from omrl.nets import Mlp
+from omrl.core.errors import UserError
+from omrl.nets.actor_critic import Transitions
+from omrl.nets.encoders import Context
+from omrl.nets.mlp import Mlp
 
 SMALL = {
     "latent_dim": 3, "encoder_width": 16, "encoder_depth": 2, "width": 16, "depth": 2,

@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from omrl.behavior.base import BehaviorConfig, SacConfig, behavior_seed
-from omrl.config import parse
-from omrl.errors import UserError
-from omrl.files import read_manifest
+from omrl.core.config import parse
+from omrl.core.errors import UserError
+from omrl.core.files import read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 

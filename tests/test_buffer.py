@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from omrl import seeding
 from omrl.algorithms.base import BatchSizes
-from omrl.datasets import buffer, parquet
-from omrl.datasets.buffer import TaskBuffers
-from omrl.errors import UserError
-from omrl.files import write_manifest
-from omrl.training import Sampler
+from omrl.core import seeding
+from omrl.core.errors import UserError
+from omrl.core.files import write_manifest
+from omrl.data import parquet
+from omrl.data import taskdata as buffer
+from omrl.data.taskdata import TaskBuffers
+from omrl.learning.train import Sampler
 
 VECTORS = {"observation": 3, "next_observation": 3, "action": 2}
 FIELDS = ["observation", "action", "reward", "sparse_reward", "next_observation"]

@@ -20,8 +20,8 @@ from stable_baselines3 import SAC
 from omrl.behavior.base import BehaviorConfig, SacConfig
 from omrl.behavior.checkpoints import load_actor
 from omrl.behavior.sb3 import make_model, save_checkpoint, train_task
+from omrl.core.errors import UserError
 from omrl.envs.base import load_family
-from omrl.errors import UserError
 
 CONFIG = BehaviorConfig(
     total_steps=60, checkpoint_every=30, horizon=20, sac=SacConfig(batch_size=16, learning_starts=20, net_arch=[16, 16])

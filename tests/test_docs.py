@@ -15,15 +15,15 @@ from gymnasium.utils.env_checker import check_env
 
 import omrl.algorithms
 import omrl.envs
-from omrl import registry
-from omrl.actor_critic import Transitions
 from omrl.algorithms.base import MetaBatch, Sizes, create, load_model, save_model
 from omrl.behavior import batched
 from omrl.behavior.base import BehaviorConfig, Run
 from omrl.behavior.checkpoints import load_actor
-from omrl.encoders import Context
+from omrl.behavior.rollouts import RolloutsConfig, rollout
+from omrl.core import registry
 from omrl.envs.base import load_family, register_all
-from omrl.rollouts import RolloutsConfig, rollout
+from omrl.nets.actor_critic import Transitions
+from omrl.nets.encoders import Context
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from omrl.encoders import Context, DeterministicEncoder, ProbabilisticEncoder, gaussian_kl
-from omrl.nets import Mlp, Policy
+from omrl.nets.encoders import Context, DeterministicEncoder, ProbabilisticEncoder, gaussian_kl
+from omrl.nets.mlp import Mlp, Policy
 
 
 @pytest.fixture(autouse=True)

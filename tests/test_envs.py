@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import omrl.envs
-from omrl import registry
+from omrl.core import registry
+from omrl.core.errors import UserError
 from omrl.envs._point import PointConfig, sparsify
 from omrl.envs.base import Family, load_family
-from omrl.errors import UserError
 
 FAMILIES = [name for name in registry.names("omrl.envs") if "point-robot" in name]
 

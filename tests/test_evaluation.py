@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from omrl.algorithms.base import BatchSizes, MetaAlgorithm, Sizes
-from omrl.config import Config
-from omrl.datasets.buffer import TaskBuffers
-from omrl.diagnostics import attention, embedding_variance, esr, rms, sample_embeddings, sparsity_curve
-from omrl.encoders import Context
+from omrl.core.config import Config
+from omrl.data.taskdata import TaskBuffers
 from omrl.envs.base import load_family
-from omrl.evaluation import EvaluateConfig
-from omrl.protocols import other_tasks_context, restated, run_episodes, run_protocol
+from omrl.evaluation.embeddings import attention, embedding_variance, esr, rms, sample_embeddings, sparsity_curve
+from omrl.evaluation.evaluate import EvaluateConfig
+from omrl.evaluation.protocols import other_tasks_context, restated, run_episodes, run_protocol
+from omrl.nets.encoders import Context
 
 FAMILY = load_family("sparse-point-robot")
 TASKS = [

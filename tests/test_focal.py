@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omrl.actor_critic import Transitions
 from omrl.algorithms.base import MetaBatch, Sizes, create, load_model, save_model
 from omrl.algorithms.focal import Focal, distance_metric_loss
-from omrl.encoders import Context
-from omrl.errors import UserError
+from omrl.core.errors import UserError
+from omrl.nets.actor_critic import Transitions
+from omrl.nets.encoders import Context
 
 SIZES = Sizes(2, 2, False)
 BETA = {-2: 1.0, -1: 2.0, 1: 8.0, 2: 16.0}  # FOCAL Table 5(b)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from omrl.actor_critic import Transitions
 from omrl.algorithms.base import MetaBatch, Sizes, create, load_model, save_model
 from omrl.algorithms.focalpp import Focalpp, matrix_contrast
-from omrl.attention import AttentionEncoder, Block
-from omrl.encoders import Context
-from omrl.errors import UserError
+from omrl.core.errors import UserError
+from omrl.nets.actor_critic import Transitions
+from omrl.nets.attention import AttentionEncoder, Block
+from omrl.nets.encoders import Context
 
 SMALL = {
     "latent_dim": 3, "hidden": 16, "heads": 4, "blocks": 2, "reduction": 4, "encoder_width": 16, "encoder_depth": 2,

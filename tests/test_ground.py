@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from omrl import config, errors, files, fingerprint, parallel, registry, seeding
-from omrl.errors import UserError
+from omrl.core import config, errors, files, parallel, registry, seeding
+from omrl.core.errors import UserError
+from omrl.provenance import fingerprint
 
 
 def test_user_error_is_one_line_and_exit_code_2(capsys):
@@ -248,7 +249,7 @@ def test_workers_die_with_their_parent(tmp_path):
         textwrap.dedent(
             """
             import os, pathlib, sys, time
-            from omrl.parallel import run_tasks
+            from omrl.core.parallel import run_tasks
 
             def work(path):
                 pathlib.Path(path).write_text(str(os.getpid()))

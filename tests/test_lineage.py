@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from omrl.errors import UserError
-from omrl.lineage import trace
-from omrl.pipeline import Pipeline, find_pipeline, listing, md5_of, md5_of_listing
-from omrl.verify import verify
-from omrl.yaml12 import Loader
-from stages import params
+from omrl import experiment as params
+from omrl.core.errors import UserError
+from omrl.core.yaml12 import Loader
+from omrl.provenance.lineage import trace
+from omrl.provenance.lockfile import Pipeline, find_pipeline, listing, md5_of, md5_of_listing
+from omrl.provenance.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from omrl.actor_critic import Transitions
 from omrl.algorithms.base import MetaBatch, Sizes, create
 from omrl.algorithms.mbml import Mbml
-from omrl.encoders import Context
-from omrl.errors import UserError
-from omrl.nets import Mlp
-from omrl.training import Curve
+from omrl.core.errors import UserError
+from omrl.learning.train import Curve
+from omrl.nets.actor_critic import Transitions
+from omrl.nets.encoders import Context
+from omrl.nets.mlp import Mlp
 
 TASKS, LATENT = 3, 4
 DRAWN = (0, 2, 2, 1)

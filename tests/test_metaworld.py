@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from omrl.datasets.parquet import read_transitions, write_transitions
-from omrl.datasets.relabel import relabel_rows
+from omrl import experiment as params
+from omrl.behavior.rollouts import RolloutsConfig, rollout
+from omrl.core.errors import UserError
+from omrl.data.parquet import read_transitions, write_transitions
+from omrl.data.relabel import relabel_rows
 from omrl.envs import _metaworld, metaworld_ml45
 from omrl.envs.base import load_family
-from omrl.errors import UserError
-from omrl.rollouts import RolloutsConfig, rollout
-from stages import params
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("metaworld-ml1", "metaworld-ml45")

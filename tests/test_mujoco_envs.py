@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from omrl import registry
+from omrl.core import registry
+from omrl.core.errors import UserError
 from omrl.envs import _rand_params
 from omrl.envs._mujoco import MujocoFamily, sparsify
 from omrl.envs.base import load_family
-from omrl.errors import UserError
 
 NAMES = [
     name for name in registry.names("omrl.envs") if issubclass(registry.load("omrl.envs", name).FAMILY, MujocoFamily)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from omrl.errors import UserError
-from stages import params
+from omrl import experiment as params
+from omrl.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from omrl.datasets import parquet
-from omrl.errors import UserError
-from omrl.files import write_manifest
+from omrl.core.errors import UserError
+from omrl.core.files import write_manifest
+from omrl.data import parquet
 
 FOOTER = {
     "schema_version": 1,

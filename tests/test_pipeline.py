@@ -84,7 +84,7 @@ def test_editing_an_algorithm_reruns_its_cells_only(project):
 
 
 def test_editing_comments_and_docstrings_reruns_nothing(project):
-    for name in ("omrl/algorithms/focal.py", "omrl/behavior/sb3.py", "omrl/files.py"):
+    for name in ("omrl/algorithms/focal.py", "omrl/behavior/sb3.py", "omrl/core/files.py"):
         file = project.folder / name
         file.write_text(file.read_text().replace('"""', '"""Edited. ', 1) + "# a comment\n")
     assert project.repro().executed == {"code"}

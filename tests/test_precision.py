@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omrl import precision
-from omrl.config import parse
-from omrl.errors import UserError
-from omrl.training import MetaTrainConfig
+from omrl.core import precision
+from omrl.core.config import parse
+from omrl.core.errors import UserError
+from omrl.learning.train import MetaTrainConfig
 
 
 @pytest.fixture(autouse=True)

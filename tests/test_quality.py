@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omrl import seeding
-from omrl.config import parse
-from omrl.cutting import build_level
-from omrl.datasets import parquet
-from omrl.datasets.card import describe
-from omrl.datasets.quality import (
+from omrl.core import seeding
+from omrl.core.config import parse
+from omrl.core.errors import UserError
+from omrl.core.files import read_json, sha256, write_json, write_manifest
+from omrl.data import parquet
+from omrl.data.build import build_level
+from omrl.data.cards import describe
+from omrl.data.quality import (
     DatasetConfig,
     LevelConfig,
     check_levels,
@@ -24,8 +26,6 @@ from omrl.datasets.quality import (
     select,
 )
 from omrl.envs.base import load_family
-from omrl.errors import UserError
-from omrl.files import read_json, sha256, write_json, write_manifest
 
 STEPS = [0, 250, 500]
 

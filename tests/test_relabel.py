@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omrl import registry
-from omrl.config import parse
-from omrl.cutting import build_relabelled
-from omrl.datasets import parquet
-from omrl.datasets.buffer import TaskBuffers
-from omrl.datasets.relabel import RelabelConfig, merge, merge_stream, quotas, relabel_rows
-from omrl.datasets.schema import concatenate, keys
+from omrl.core import registry
+from omrl.core.config import parse
+from omrl.core.errors import UserError
+from omrl.core.files import read_json, write_json, write_manifest
+from omrl.data import parquet
+from omrl.data.build import build_relabelled
+from omrl.data.relabel import RelabelConfig, merge, merge_stream, quotas, relabel_rows
+from omrl.data.schema import concatenate, keys
+from omrl.data.taskdata import TaskBuffers
 from omrl.envs.base import load_family
-from omrl.errors import UserError
-from omrl.files import read_json, write_json, write_manifest
 
 # an extra with an environment of its own
 EXTRA = pytest.mark.skipif(not importlib.util.find_spec("metaworld"), reason="needs 'make setup-metaworld'")

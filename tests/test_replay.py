@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import yaml
 
+from omrl import experiment as params
 from omrl.behavior import batched, sb3
 from omrl.behavior.base import BehaviorConfig, Run, replay_name
 from omrl.behavior.replay import ReplayWriter
-from omrl.config import parse
-from omrl.datasets.parquet import read_footer, read_transitions
-from omrl.datasets.quality import part_of
-from omrl.datasets.schema import TYPES, concatenate, keys
+from omrl.behavior.rollouts import RolloutsConfig, from_replay
+from omrl.core.config import parse
+from omrl.core.errors import UserError
+from omrl.core.files import read_json
+from omrl.data.parquet import read_footer, read_transitions
+from omrl.data.quality import part_of
+from omrl.data.schema import TYPES, concatenate, keys
 from omrl.envs.base import StepResult, load_family
-from omrl.errors import UserError
-from omrl.files import read_json
-from omrl.lineage import _row
-from omrl.rollouts import RolloutsConfig, from_replay
-from stages import params
+from omrl.provenance.lineage import _row
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {"start": [0, 0.34], "middle": [0.34, 0.67], "end": [0.67, 1]}

@@ -13,11 +13,11 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from omrl.config import parse
-from omrl.datasets.parquet import write_table
+from omrl.core.config import parse
+from omrl.core.errors import UserError
+from omrl.core.files import write_json, write_manifest, write_text
+from omrl.data.parquet import write_table
 from omrl.envs.base import load_family
-from omrl.errors import UserError
-from omrl.files import write_json, write_manifest, write_text
 from omrl.report import ReportConfig, figures, scene
 from omrl.report.build import build_report
 from omrl.report.published import TABLES
@@ -131,7 +131,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def _hash(path: str | Path) -> str:
-    from omrl.files import sha256
+    from omrl.core.files import sha256
 
     return sha256(path)
 

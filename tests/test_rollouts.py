@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from omrl import rollouts
-from omrl.config import parse
-from omrl.datasets import parquet
-from omrl.datasets.schema import TYPES
+from omrl.behavior import rollouts
+from omrl.behavior.rollouts import RolloutsConfig, build_shard, rollout
+from omrl.core.config import parse
+from omrl.core.errors import UserError
+from omrl.core.files import read_json, sha256, write_json, write_manifest
+from omrl.data import parquet
+from omrl.data.schema import TYPES
 from omrl.envs.base import load_family
-from omrl.errors import UserError
-from omrl.files import read_json, sha256, write_json, write_manifest
-from omrl.rollouts import RolloutsConfig, build_shard, rollout
 
 STEPS = [0, 100]
 CONFIG = RolloutsConfig(episodes_per_checkpoint=4, deterministic_episodes=2, horizon=25)

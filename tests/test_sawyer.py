@@ -8,12 +8,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from omrl.datasets.parquet import read_transitions, write_transitions
-from omrl.datasets.relabel import relabel_rows
+from omrl.behavior.rollouts import RolloutsConfig, rollout
+from omrl.core.errors import UserError
+from omrl.data.parquet import read_transitions, write_transitions
+from omrl.data.relabel import relabel_rows
 from omrl.envs.base import load_family
 from omrl.envs.sawyer_affordances import AIMS, TOLERANCE, ScriptedCollector
-from omrl.errors import UserError
-from omrl.rollouts import RolloutsConfig, rollout
 
 FAMILY = load_family("sawyer-affordances")
 TASKS = [FAMILY.sample(i, 0) for i in range(40)]

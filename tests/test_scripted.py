@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import yaml
 
+from omrl import experiment as params
 from omrl.behavior.base import BehaviorConfig
+from omrl.behavior.rollouts import RolloutsConfig, build_shard
 from omrl.behavior.scripted import script_of
-from omrl.config import parse
-from omrl.datasets.parquet import read_footer, read_table, read_transitions
-from omrl.datasets.schema import TYPES
+from omrl.core.config import parse
+from omrl.core.errors import UserError
+from omrl.core.files import read_json, sha256
+from omrl.data.parquet import read_footer, read_table, read_transitions
+from omrl.data.schema import TYPES
 from omrl.envs.base import load_family
-from omrl.errors import UserError
-from omrl.files import read_json, sha256
-from omrl.lineage import _row
-from omrl.rollouts import RolloutsConfig, build_shard
-from stages import params
+from omrl.provenance.lineage import _row
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD = "000-002"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from omrl.statistics import bootstrap_means, compare, iqm, summarize
+from omrl.evaluation.statistics import bootstrap_means, compare, iqm, summarize
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=60))

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from omrl import training
 from omrl.algorithms.base import BatchSizes, MetaBatch, Sizes, create, load_model
 from omrl.algorithms.focal import Focal
-from omrl.config import parse
-from omrl.datasets import parquet
-from omrl.datasets.buffer import TaskBuffers
-from omrl.errors import UserError
-from omrl.files import read_json, write_json, write_manifest
-from omrl.training import Curve, MetaTrainConfig, Sampler, build_model, train
+from omrl.core.config import parse
+from omrl.core.errors import UserError
+from omrl.core.files import read_json, write_json, write_manifest
+from omrl.data import parquet
+from omrl.data.taskdata import TaskBuffers
+from omrl.learning import train as training
+from omrl.learning.train import Curve, MetaTrainConfig, Sampler, build_model, train
 
 CPU = torch.device("cpu")
 SIZES = Sizes(2, 1, True)

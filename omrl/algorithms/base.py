@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from omrl import registry, seeding
-from omrl.actor_critic import Transitions
-from omrl.config import Config, parse
-from omrl.encoders import Context
-from omrl.errors import UserError
-from omrl.files import atomic_path, package_versions, read_json, write_json
+from omrl.core import registry, seeding
+from omrl.core.config import Config, parse
+from omrl.core.errors import UserError
+from omrl.core.files import atomic_path, package_versions, read_json, write_json
+from omrl.nets.actor_critic import Transitions
+from omrl.nets.encoders import Context
 
 MODEL, CONFIG = "model.safetensors", "config.json"
 

@@ -46,12 +46,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from omrl.actor_critic import adam, join
 from omrl.algorithms.base import BatchSizes, MetaAlgorithm, MetaBatch, Sizes
 from omrl.algorithms.focal import distance_metric_loss
-from omrl.config import Config
-from omrl.encoders import Context, DeterministicEncoder
-from omrl.nets import Policy
+from omrl.core.config import Config
+from omrl.nets.actor_critic import adam, join
+from omrl.nets.encoders import Context, DeterministicEncoder
+from omrl.nets.mlp import Policy
 
 _EDGE = 1 - 1e-4  # of actions in the likelihood: atanh(1) is infinite
 

@@ -58,11 +58,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from omrl.actor_critic import Transitions, adam, join
 from omrl.algorithms.base import BatchSizes, MetaAlgorithm, MetaBatch, Sizes
-from omrl.config import Config
-from omrl.encoders import Context, DeterministicEncoder
-from omrl.nets import Mlp
+from omrl.core.config import Config
+from omrl.nets.actor_critic import Transitions, adam, join
+from omrl.nets.encoders import Context, DeterministicEncoder
+from omrl.nets.mlp import Mlp
 
 
 class BcqConfig(Config):

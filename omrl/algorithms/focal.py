@@ -45,9 +45,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from omrl.actor_critic import ActorCritic, ActorCriticConfig, EncoderStep, adam
 from omrl.algorithms.base import BatchSizes, MetaAlgorithm, MetaBatch, Sizes
-from omrl.encoders import Context, DeterministicEncoder, ProbabilisticEncoder, gaussian_kl
+from omrl.nets.actor_critic import ActorCritic, ActorCriticConfig, EncoderStep, adam
+from omrl.nets.encoders import Context, DeterministicEncoder, ProbabilisticEncoder, gaussian_kl
 
 # weight of the repulsive term by power of the distance (FOCAL Table 5b): all are equal at a mean squared
 # difference of 0.25 per dimension

@@ -30,11 +30,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omrl.actor_critic import adam
 from omrl.algorithms.base import BatchSizes, MetaBatch, Sizes
 from omrl.algorithms.focal import Focal, FocalConfig
-from omrl.attention import AttentionEncoder
-from omrl.encoders import Context
+from omrl.nets.actor_critic import adam
+from omrl.nets.attention import AttentionEncoder
+from omrl.nets.encoders import Context
 
 
 class FocalppConfig(FocalConfig):

@@ -75,13 +75,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from omrl.actor_critic import Transitions, adam, join
 from omrl.algorithms.base import BatchSizes, MetaAlgorithm, MetaBatch, Sizes
 from omrl.algorithms.bcq import soft_minimum
-from omrl.config import Config
-from omrl.encoders import Context, gaussian_kl
-from omrl.errors import UserError
-from omrl.nets import Mlp
+from omrl.core.config import Config
+from omrl.core.errors import UserError
+from omrl.nets.actor_critic import Transitions, adam, join
+from omrl.nets.encoders import Context, gaussian_kl
+from omrl.nets.mlp import Mlp
 
 
 class MbmlConfig(Config):

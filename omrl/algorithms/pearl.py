@@ -4,7 +4,7 @@
                1 / v = sum_i 1 / s2_i,  m = v sum_i mu_i / s2_i;  z = m + sqrt(v) noise
     encoder    L = Q loss + kl_weight * sum over tasks and dimensions of KL(q(z | c), N(0, I))           (section 4.3)
     Q          mean (Q_k(s, a, z) - [k r + gamma (1 - terminal) Vbar(s', z)])^2, summed over both Q
-    V, policy  as in ``omrl.actor_critic``, of the detached z; entropy weight 1, balanced by the reward scale k
+    V, policy  as in ``omrl.nets.actor_critic``, of the detached z; entropy weight 1, balanced by the reward scale k
 
 "Batch" is the baseline of FOCAL and MBML: the same losses on static data. It is not one method:
 
@@ -51,10 +51,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
-from omrl.actor_critic import adam
 from omrl.algorithms.base import Sizes
 from omrl.algorithms.focal import Focal, FocalConfig
-from omrl.encoders import ProbabilisticEncoder
+from omrl.nets.actor_critic import adam
+from omrl.nets.encoders import ProbabilisticEncoder
 
 
 class PearlConfig(FocalConfig):

@@ -59,11 +59,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omrl.actor_critic import EncoderStep, adam, join
 from omrl.algorithms.base import MetaBatch, Sizes
 from omrl.algorithms.focal import Focal, FocalConfig
-from omrl.encoders import Context
-from omrl.nets import Mlp
+from omrl.nets.actor_critic import EncoderStep, adam, join
+from omrl.nets.encoders import Context
+from omrl.nets.mlp import Mlp
 
 
 class UnicornConfig(FocalConfig):

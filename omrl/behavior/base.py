@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, field_validator, model_validator
 
-from omrl import seeding
-from omrl.config import Config
-from omrl.files import atomic_dir, canonical, input_hashes, read_json, scratch, write_manifest
+from omrl.core import seeding
+from omrl.core.config import Config
+from omrl.core.files import atomic_dir, canonical, input_hashes, read_json, scratch, write_manifest
 
 PROGRESS = "progress.csv"
 SCRIPT = "script.json"  # what acts where nothing is trained

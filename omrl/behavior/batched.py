@@ -22,8 +22,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from omrl import parallel, seeding
-from omrl.allocator import keep_memory
 from omrl.behavior import sb3
 from omrl.behavior.base import (
     LOSSES,
@@ -37,9 +35,11 @@ from omrl.behavior.base import (
 )
 from omrl.behavior.replay import ReplayWriter
 from omrl.behavior.stacked import Stack, StackedSac
+from omrl.core import parallel, seeding
+from omrl.core.allocator import keep_memory
+from omrl.core.errors import UserError
+from omrl.core.files import atomic_path, canonical, remove_dir, write_text
 from omrl.envs.base import Family, load_family
-from omrl.errors import UserError
-from omrl.files import atomic_path, canonical, remove_dir, write_text
 
 _EVALUATION_EPISODES = 5
 _SNAPSHOT = "unfinished.safetensors"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from omrl.errors import UserError
+from omrl.core.errors import UserError
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # as in stable_baselines3.sac.policies
 _LIMIT = 1 << 30  # bytes of weights that are believed

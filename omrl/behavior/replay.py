@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omrl.behavior.base import replay_name
-from omrl.datasets.parquet import write_transitions
-from omrl.datasets.schema import Columns
+from omrl.data.parquet import write_transitions
+from omrl.data.schema import Columns
 from omrl.envs.base import Array, Family, StepResult
 
 _SCALARS = ("reward", "sparse_reward")

@@ -21,7 +21,6 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
-from omrl import seeding
 from omrl.behavior.base import (
     LOSSES,
     PROGRESS,
@@ -32,9 +31,10 @@ from omrl.behavior.base import (
     progress_line,
 )
 from omrl.behavior.replay import ReplayWriter
+from omrl.core import seeding
+from omrl.core.files import atomic_dir, atomic_path, package_versions, write_text
+from omrl.core.parallel import run_tasks
 from omrl.envs.base import Family, StepResult, Task, load_family
-from omrl.files import atomic_dir, atomic_path, package_versions, write_text
-from omrl.parallel import run_tasks
 
 _EVALUATION_EPISODES = 5
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)

@@ -11,12 +11,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from omrl import seeding
 from omrl.behavior.base import PROGRESS, PROGRESS_HEADER, SCRIPT, BehaviorConfig, Run, progress_line
+from omrl.core import seeding
+from omrl.core.errors import UserError
+from omrl.core.files import atomic_dir, write_json, write_text
+from omrl.core.progress import Progress
 from omrl.envs.base import Array, Family, Task, load_family
-from omrl.errors import UserError
-from omrl.files import atomic_dir, write_json, write_text
-from omrl.progress import Progress
 
 _EVALUATION_EPISODES = 5
 

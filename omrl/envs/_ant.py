@@ -28,7 +28,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from omrl.config import Config
+from omrl.core.config import Config
 from omrl.envs._mujoco import Doubles, Motion, MujocoConfig, MujocoFamily, Physics
 from omrl.envs.base import Array
 

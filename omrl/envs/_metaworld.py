@@ -37,10 +37,10 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from omrl import seeding
-from omrl.config import Config, parse
+from omrl.core import seeding
+from omrl.core.config import Config, parse
+from omrl.core.errors import UserError
 from omrl.envs.base import Array, BatchEnv, Family, StepResult, Task
-from omrl.errors import UserError
 
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION  # positions, velocities, the hand's target, the solver's last solution
 _SEEN = 18  # observed numbers of one moment

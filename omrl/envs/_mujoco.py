@@ -27,10 +27,10 @@ from mujoco.rollout import Rollout
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from omrl import seeding
-from omrl.config import Config, parse
+from omrl.core import seeding
+from omrl.core.config import Config, parse
+from omrl.core.errors import UserError
 from omrl.envs.base import Array, BatchEnv, Family, StepResult, Task
-from omrl.errors import UserError
 
 _STATE = mujoco.mjtState.mjSTATE_FULLPHYSICS
 _ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"

@@ -16,8 +16,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from omrl import seeding
-from omrl.config import Config, parse
+from omrl.core import seeding
+from omrl.core.config import Config, parse
 from omrl.envs.base import Array, BatchEnv, Family, StepResult, Task
 
 STEP = np.float32(0.1)  # length of a full action along an axis, in units of the plane

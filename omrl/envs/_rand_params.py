@@ -16,8 +16,8 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from omrl import seeding
-from omrl.config import Config
+from omrl.core import seeding
+from omrl.core.config import Config
 from omrl.envs._mujoco import Doubles, Motion, MujocoConfig, MujocoFamily, Physics, load_model
 from omrl.envs.base import Array, Task
 

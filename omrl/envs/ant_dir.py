@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from omrl import seeding
-from omrl.config import Config
+from omrl.core import seeding
+from omrl.core.config import Config
 from omrl.envs._ant import LEGACY_DRAWS, LEGACY_SEED, AntConfig, AntRun
 from omrl.envs._mujoco import MujocoEnv
 from omrl.envs._point import legacy_uniform

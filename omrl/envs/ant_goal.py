@@ -20,7 +20,7 @@ import math
 
 import numpy as np
 
-from omrl import seeding
+from omrl.core import seeding
 from omrl.envs._ant import BODIES, Ant
 from omrl.envs._mujoco import Motion, MujocoEnv, Physics
 from omrl.envs.base import Array, Task

@@ -12,9 +12,9 @@ import numpy as np
 from gymnasium.envs.registration import register
 from numpy.typing import NDArray
 
-from omrl import registry
-from omrl.config import Config, parse
-from omrl.errors import UserError
+from omrl.core import registry
+from omrl.core.config import Config, parse
+from omrl.core.errors import UserError
 
 Array = NDArray[np.float32]
 Task = dict[str, Any]  # JSON numbers and lists

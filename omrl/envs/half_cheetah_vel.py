@@ -35,8 +35,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from omrl import seeding
-from omrl.config import Config
+from omrl.core import seeding
+from omrl.core.config import Config
 from omrl.envs._mujoco import Motion, MujocoConfig, MujocoEnv, MujocoFamily, Physics
 from omrl.envs._point import legacy_uniform
 from omrl.envs.base import Array, Task

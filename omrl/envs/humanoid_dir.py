@@ -40,7 +40,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from omrl import seeding
+from omrl.core import seeding
 from omrl.envs._mujoco import Doubles, Motion, MujocoEnv, MujocoFamily, Physics, load_model
 from omrl.envs.base import Array, Task
 

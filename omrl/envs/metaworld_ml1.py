@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from omrl.config import Config
+from omrl.core.config import Config
 from omrl.envs._metaworld import MetaworldEnv, MetaworldFamily, package, published
 from omrl.envs.base import Array, Task
 

@@ -19,10 +19,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from omrl.config import Config
+from omrl.core.config import Config
+from omrl.core.errors import UserError
 from omrl.envs._metaworld import MetaworldEnv, MetaworldFamily, package, published
 from omrl.envs.base import Array, Task
-from omrl.errors import UserError
 
 _SKILLS = (45, 5)  # to learn from, to be tested on
 _GOALS = 50  # of each skill in the benchmark's list

@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import field_validator
 
-from omrl import seeding
+from omrl.core import seeding
 from omrl.envs._mujoco import Doubles, Motion, MujocoConfig, MujocoEnv, MujocoFamily, Physics
 from omrl.envs.base import Array, Task
 
@@ -264,7 +264,7 @@ class SawyerAffordances(MujocoFamily):
 class ScriptedCollector:
     """Acts by a script that knows the scene: one skill per copy, Gaussian noise on top.
 
-    Memoryless: what comes next is read from the observation. It is an actor for ``omrl.rollouts.rollout``.
+    Memoryless: what comes next is read from the observation. It is an actor for ``omrl.behavior.rollouts.rollout``.
     """
 
     observation_size = SawyerAffordances.observation_size

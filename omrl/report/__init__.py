@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from omrl.config import Config
-from omrl.errors import suggest
+from omrl.core.config import Config
+from omrl.core.errors import suggest
 from omrl.report.published import TABLES
 
 

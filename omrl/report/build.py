@@ -10,9 +10,9 @@ import pandas as pd
 
 from omrl import __version__
 from omrl.behavior.base import PROGRESS, SCRIPT, task_folder
+from omrl.core.errors import UserError
+from omrl.core.files import MANIFEST, atomic_dir, input_hash, read_json, read_manifest, write_json, write_text
 from omrl.envs.base import Family
-from omrl.errors import UserError
-from omrl.files import MANIFEST, atomic_dir, input_hash, read_json, read_manifest, write_json, write_text
 from omrl.report import ReportConfig, figures, page, scene, tables
 from omrl.report.published import TABLES
 

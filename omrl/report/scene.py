@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from omrl.core.errors import run
 from omrl.envs.base import Family, Task, load_family
-from omrl.errors import run
 
 _SECONDS = 60
 

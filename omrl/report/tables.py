@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from omrl import seeding
-from omrl.datasets.parquet import read_table, verified
+from omrl.core import seeding
+from omrl.core.files import read_json
+from omrl.data.parquet import read_table, verified
 from omrl.envs.base import Family
-from omrl.evaluation import CURVE, DIAGNOSTICS, EMBEDDINGS, EPISODES, TRAJECTORIES
-from omrl.files import read_json
+from omrl.evaluation.evaluate import CURVE, DIAGNOSTICS, EMBEDDINGS, EPISODES, TRAJECTORIES
+from omrl.evaluation.statistics import Difference, Summary, compare, summarize
 from omrl.report import ReportConfig
 from omrl.report.published import TABLES
-from omrl.statistics import Difference, Summary, compare, summarize
 
 Cell = tuple[str, str, str]  # algorithm, training dataset, test dataset
 

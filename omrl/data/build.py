@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from omrl.config import parse
-from omrl.datasets import quality, relabel
-from omrl.datasets.card import CardBuilder
-from omrl.datasets.parquet import (
+from omrl.behavior.rollouts import EPISODES
+from omrl.core.config import parse
+from omrl.core.errors import UserError
+from omrl.core.files import atomic_dir, input_hashes, read_json, read_manifest, sha256, write_json, write_manifest
+from omrl.core.progress import Progress
+from omrl.data import quality, relabel
+from omrl.data.cards import CardBuilder
+from omrl.data.parquet import (
     read_footer,
     read_rows,
     read_table,
@@ -20,12 +24,8 @@ from omrl.datasets.parquet import (
     verified,
     write_transitions,
 )
-from omrl.datasets.schema import KEY, Columns, from_table
+from omrl.data.schema import KEY, Columns, from_table
 from omrl.envs.base import Family
-from omrl.errors import UserError
-from omrl.files import atomic_dir, input_hashes, read_json, read_manifest, sha256, write_json, write_manifest
-from omrl.progress import Progress
-from omrl.rollouts import EPISODES
 
 CARD = "card.json"
 

@@ -30,12 +30,12 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from omrl import seeding
 from omrl.algorithms.base import MetaAlgorithm
-from omrl.config import Config
-from omrl.datasets.buffer import TaskBuffers
-from omrl.encoders import Context
+from omrl.core import seeding
+from omrl.core.config import Config
+from omrl.data.taskdata import TaskBuffers
 from omrl.envs.base import Family
+from omrl.nets.encoders import Context
 
 PROTOCOLS = {
     "offline-context": "context from the task's offline dataset, never from the agent (FOCAL)",

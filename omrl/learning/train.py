@@ -14,18 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from omrl import seeding
-from omrl.actor_critic import Transitions
 from omrl.algorithms.base import CONFIG as MODEL_CONFIG
 from omrl.algorithms.base import MODEL, BatchSizes, MetaAlgorithm, MetaBatch, Sizes, create, save_model
-from omrl.allocator import keep_memory
-from omrl.config import Config
-from omrl.datasets.buffer import ORDER, TaskBuffers
-from omrl.encoders import Context
-from omrl.errors import UserError
-from omrl.files import atomic_dir, atomic_path, input_hashes, read_json, scratch, write_manifest, write_text
-from omrl.precision import Kernels, set_kernels
-from omrl.progress import Progress
+from omrl.core import seeding
+from omrl.core.allocator import keep_memory
+from omrl.core.config import Config
+from omrl.core.errors import UserError
+from omrl.core.files import atomic_dir, atomic_path, input_hashes, read_json, scratch, write_manifest, write_text
+from omrl.core.precision import Kernels, set_kernels
+from omrl.core.progress import Progress
+from omrl.data.taskdata import ORDER, TaskBuffers
+from omrl.nets.actor_critic import Transitions
+from omrl.nets.encoders import Context
 
 CURVE = "curve.csv"
 _STATE = "training.safetensors"
@@ -40,7 +40,7 @@ class MetaTrainConfig(Config):
         log_every: steps per row of the curve; each row is the mean over them.
         checkpoint_every: steps between saves of the training state, from which a killed run goes on.
         threads: of torch. Part of the params because one and two threads give different bits.
-        matmul: ``float32``, or ``fast``: other kernels where they are as exact, see ``omrl.precision``; other bits.
+        matmul: ``float32``, or ``fast``: other kernels where as exact, see ``omrl.core.precision``; other bits.
         time_limit_terminal: count time-limit ends as terminal, as the released FOCAL code does (0.5 % of the
             rows with 200-step episodes).
     """

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omrl.errors import UserError
+from omrl.core.errors import UserError
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1

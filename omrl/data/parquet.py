@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from omrl.datasets.schema import SCHEMA_VERSION, Columns, check, concatenate, from_table, take, to_table
-from omrl.errors import UserError
-from omrl.files import MANIFEST, atomic_path, canonical, read_manifest, sha256
+from omrl.core.errors import UserError
+from omrl.core.files import MANIFEST, atomic_path, canonical, read_manifest, sha256
+from omrl.data.schema import SCHEMA_VERSION, Columns, check, concatenate, from_table, take, to_table
 
 _FOOTER = b"omrl"
 _DIGEST = b"omrl-sha256"  # of the footer: no page checksum covers it
@@ -93,7 +93,7 @@ def read_footer(path: str | Path) -> dict[str, Any]:
 
 
 def write_transitions(path: str | Path, columns: Columns, footer: dict[str, Any]) -> None:
-    """Write transitions in the schema of ``omrl.datasets.schema``."""
+    """Write transitions in the schema of ``omrl.data.schema``."""
     write_table(path, to_table(columns), {"schema_version": SCHEMA_VERSION, **footer})
 
 

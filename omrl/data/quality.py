@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
-from omrl import seeding
-from omrl.config import Config
-from omrl.datasets.schema import Columns, take
-from omrl.errors import UserError
+from omrl.core import seeding
+from omrl.core.config import Config
+from omrl.core.errors import UserError
+from omrl.data.schema import Columns, take
 
 
 class LevelConfig(Config):

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from omrl.behavior.base import SCRIPT, checkpoint_name, task_folder
-from omrl.datasets.parquet import read_footer, read_table, read_transitions
-from omrl.datasets.schema import KEY
-from omrl.errors import UserError, suggest
-from omrl.files import read_json, read_manifest, sha256
-from omrl.pipeline import Output, Pipeline
+from omrl.core.errors import UserError, suggest
+from omrl.core.files import read_json, read_manifest, sha256
+from omrl.data.parquet import read_footer, read_table, read_transitions
+from omrl.data.schema import KEY
+from omrl.provenance.lockfile import Output, Pipeline
 
 _PLAN = "data/plan"
 _METRICS = "reports/metrics.json"

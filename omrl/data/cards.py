@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from omrl.datasets.parquet import read_footer, read_table
-from omrl.datasets.schema import Columns, from_table
-from omrl.errors import UserError
-from omrl.files import read_json
+from omrl.core.errors import UserError
+from omrl.core.files import read_json
+from omrl.data.parquet import read_footer, read_table
+from omrl.data.schema import Columns, from_table
 
 _QUANTILES = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0}
 _BINS = 30

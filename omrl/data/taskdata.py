@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from omrl.datasets.parquet import read_transitions, verified
-from omrl.errors import UserError
+from omrl.core.errors import UserError
+from omrl.data.parquet import read_transitions, verified
 
 _COLUMNS = ["observation", "action", "reward", "sparse_reward", "next_observation", "terminated", "truncated"]
 # of the columns in a table, and so of what a draw yields

@@ -7,7 +7,7 @@ import importlib.util
 import pkgutil
 from types import ModuleType
 
-from omrl.errors import UserError, suggest
+from omrl.core.errors import UserError, suggest
 
 
 def names(package: str) -> list[str]:

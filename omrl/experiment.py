@@ -16,10 +16,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, field_validator
 
-from omrl import registry
-from omrl.config import Config, parse
-from omrl.errors import UserError, suggest
-from omrl.yaml12 import version_1_2
+from omrl.core import registry
+from omrl.core.config import Config, parse
+from omrl.core.errors import UserError, suggest
+from omrl.core.yaml12 import version_1_2
 
 FILE = "params.yaml"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
@@ -80,10 +80,10 @@ class _Top(Config):
 # the classes are imported when their section is asked for: a stage pays only for what it uses
 _SECTIONS = {
     "behavior": ("omrl.behavior.base", "BehaviorConfig"),
-    "rollouts": ("omrl.rollouts", "RolloutsConfig"),
-    "dataset": ("omrl.datasets.quality", "DatasetConfig"),
-    "meta_train": ("omrl.training", "MetaTrainConfig"),
-    "evaluate": ("omrl.evaluation", "EvaluateConfig"),
+    "rollouts": ("omrl.behavior.rollouts", "RolloutsConfig"),
+    "dataset": ("omrl.data.quality", "DatasetConfig"),
+    "meta_train": ("omrl.learning.train", "MetaTrainConfig"),
+    "evaluate": ("omrl.evaluation.evaluate", "EvaluateConfig"),
     "report": ("omrl.report", "ReportConfig"),
 }
 
@@ -137,7 +137,7 @@ def _section(top: _Top, name: str, path: str | Path) -> Any:
     if name == "tasks":
         return parse(TasksConfig, top.tasks, where)
     if name == "relabel":
-        relabel = importlib.import_module("omrl.datasets.relabel").RelabelConfig
+        relabel = importlib.import_module("omrl.data.relabel").RelabelConfig
         return {key: parse(relabel, value, f"{where}.{key}") for key, value in top.relabel.items()}
     if name == "algorithms":
         return {key: _algorithm(key, value, f"{where}.{key}") for key, value in top.algorithms.items()}
@@ -206,7 +206,7 @@ def check(path: str | Path = FILE) -> list[str]:
     if values.rollouts.source == "replay" and not values.behavior.keep_replay:
         raise UserError(f"{path}: rollouts.source = replay: expected behavior.keep_replay = true, which keeps it")
     _check_script(values, path)
-    levels = importlib.import_module("omrl.datasets.quality")
+    levels = importlib.import_module("omrl.data.quality")
     levels.check_levels(
         dataset.levels,
         *_rolled_out(values.rollouts, values.behavior),

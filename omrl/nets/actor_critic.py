@@ -24,8 +24,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from omrl.config import Config
-from omrl.nets import Mlp, Policy
+from omrl.core.config import Config
+from omrl.nets.mlp import Mlp, Policy
 
 
 class RegularizationConfig(Config):

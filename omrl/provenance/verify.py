@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from omrl.errors import UserError
-from omrl.files import MANIFEST, read_manifest, sha256
-from omrl.pipeline import Output, Pipeline, listing, md5_of_file, md5_of_listing
-from omrl.progress import Progress
+from omrl.core.errors import UserError
+from omrl.core.files import MANIFEST, read_manifest, sha256
+from omrl.core.progress import Progress
+from omrl.provenance.lockfile import Output, Pipeline, listing, md5_of_file, md5_of_listing
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from omrl.errors import UserError, die_with_parent, explain
-from omrl.progress import Progress
+from omrl.core.errors import UserError, die_with_parent, explain
+from omrl.core.progress import Progress
 
 _LOOK_S = 0.5  # between looks at what workers report
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

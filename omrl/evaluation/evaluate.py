@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from omrl.algorithms.base import load_model
-from omrl.datasets.buffer import TaskBuffers
-from omrl.datasets.parquet import read_transitions, verified, write_table
-from omrl.diagnostics import attention, embedding_variance, esr, rms, sample_embeddings, sparsity_curve
+from omrl.core.files import atomic_dir, input_hashes, read_json, write_json, write_manifest
+from omrl.core.progress import Progress
+from omrl.data.parquet import read_transitions, verified, write_table
+from omrl.data.taskdata import TaskBuffers
 from omrl.envs.base import Family
-from omrl.files import atomic_dir, input_hashes, read_json, write_json, write_manifest
-from omrl.progress import Progress
-from omrl.protocols import ProtocolConfig, run_protocol
-from omrl.training import CURVE
+from omrl.evaluation.embeddings import attention, embedding_variance, esr, rms, sample_embeddings, sparsity_curve
+from omrl.evaluation.protocols import ProtocolConfig, run_protocol
+from omrl.learning.train import CURVE
 
 EPISODES, EMBEDDINGS, TRAJECTORIES, DIAGNOSTICS = (
     "episodes.parquet",

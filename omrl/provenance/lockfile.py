@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from omrl.errors import UserError
-from omrl.yaml12 import Loader
+from omrl.core.errors import UserError
+from omrl.core.yaml12 import Loader
 
 LOCK = "dvc.lock"
 _IGNORED = ("__pycache__", ".scratch", ".gitignore")

@@ -14,11 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omrl.errors import UserError
+from omrl.core.errors import UserError
 
 OURS = ("omrl", "stages")
 # the reader of params.yaml hands over values, which DVC tracks itself; see its docstring
-_NOT_CODE_OF_A_RESULT = frozenset({"stages.params"})
+_NOT_CODE_OF_A_RESULT = frozenset({"omrl.experiment"})
 
 
 def _origin(module: str) -> Path | None:

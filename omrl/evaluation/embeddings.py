@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from omrl import seeding
 from omrl.algorithms.base import MetaAlgorithm
-from omrl.datasets.buffer import TaskBuffers
-from omrl.encoders import Context
-from omrl.protocols import gather_context
+from omrl.core import seeding
+from omrl.data.taskdata import TaskBuffers
+from omrl.evaluation.protocols import gather_context
+from omrl.nets.encoders import Context
 
 _FEWEST = 32  # rows of either kind that a task needs for the sparsity curve
 

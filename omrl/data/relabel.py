@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from omrl import seeding
-from omrl.config import Config
-from omrl.datasets.schema import Columns, concatenate, sort, take
-from omrl.errors import UserError
+from omrl.core import seeding
+from omrl.core.config import Config
+from omrl.core.errors import UserError
+from omrl.data.schema import Columns, concatenate, sort, take
 
 # (task parameters, observation, action, next_observation, features) -> (dense, sparse)
 Reward = Callable[[dict[str, Any], Any, Any, Any, Any], tuple[NDArray[np.float32], NDArray[np.float32]]]

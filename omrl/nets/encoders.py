@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from omrl.nets import Mlp
+from omrl.nets.mlp import Mlp
 
 
 @dataclass(frozen=True)

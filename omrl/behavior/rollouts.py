@@ -12,10 +12,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
-from omrl import seeding
 from omrl.behavior.base import SCRIPT, SCRIPT_STEPS, checkpoint_name, replay_name, task_folder
-from omrl.config import Config
-from omrl.datasets.parquet import (
+from omrl.core import seeding
+from omrl.core.config import Config
+from omrl.core.errors import UserError
+from omrl.core.files import atomic_dir, input_hashes, read_json, scratch, sha256, write_manifest
+from omrl.core.parallel import run_tasks
+from omrl.data.parquet import (
     read_table,
     read_transitions,
     stream_transitions,
@@ -23,11 +26,8 @@ from omrl.datasets.parquet import (
     write_table,
     write_transitions,
 )
-from omrl.datasets.schema import Columns, concatenate
+from omrl.data.schema import Columns, concatenate
 from omrl.envs.base import Family, Task, load_family
-from omrl.errors import UserError
-from omrl.files import atomic_dir, input_hashes, read_json, scratch, sha256, write_manifest
-from omrl.parallel import run_tasks
 
 if TYPE_CHECKING:
     from omrl.behavior.checkpoints import Actor

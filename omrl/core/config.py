@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from omrl.errors import UserError, suggest
+from omrl.core.errors import UserError, suggest
 
 
 class Config(pydantic.BaseModel):

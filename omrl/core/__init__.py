@@ -1,0 +1,1 @@
+"""Ground floor: errors, seeds, files, configuration, progress; knows nothing of reinforcement learning."""

@@ -1,0 +1,1 @@
+"""Adaptation and returns on unseen tasks, embeddings, statistics."""

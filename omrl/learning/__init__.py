@@ -1,0 +1,1 @@
+"""Meta-training: drawing batches and taking gradient steps."""

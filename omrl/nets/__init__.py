@@ -1,0 +1,1 @@
+"""Networks: perceptrons, policies, context encoders, attention, the actor-critic."""

@@ -1,0 +1,1 @@
+"""Where a number comes from: fingerprints of code, the lock file, lineage, verification."""
