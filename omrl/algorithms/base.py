@@ -1,40 +1,63 @@
-"""What meta-training and evaluation expect of an algorithm, and how its model is kept on disk."""
+"""What a method is: data in, belief, action out. No method sees an environment, a file or params.yaml.
+
+A *belief* is what a method thinks of the task it is in: an embedding z, a posterior, adapted weights, the state of a
+recurrent encoder, a window of past steps. The harness never looks inside; it calls
+
+    belief = prior(tasks)                  before anything was seen
+    belief = adapt(prior, experience)      from a bag of experience (or windows, or episodes)
+    belief = observe(belief, step)         after every step of the method's own
+    action = act(belief, observation)
+
+Training is a list of phases; a phase says what one update draws, and the sampler serves it.
+"""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from omrl.core import registry, seeding
 from omrl.core.config import Config, parse
 from omrl.core.errors import UserError
 from omrl.core.files import atomic_path, package_versions, read_json, write_json
-from omrl.nets.actor_critic import Transitions
-from omrl.nets.encoders import Context
+from omrl.data.taskdata import TaskData
+from omrl.nets.experience import Experience
 
 MODEL, CONFIG = "model.safetensors", "config.json"
+PACKAGE, NEEDS = "omrl.algorithms", ("CONFIG", "ALGORITHM")
+
+Belief = Any  # a tensor, or a (nested) dict, list or tuple of tensors; the first axis of each is the task
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What an algorithm knows of the environment.
+class Spec:
+    """What a method knows of the environment.
 
     Attributes:
         observation, action: widths.
-        context_next_observation: does the context hold s'?
+        context_next_observation: does inference see s'? True where the tasks' dynamics differ.
+        horizon: steps of a test episode.
+        tasks: training tasks.
+        varies: what tasks differ in.
     """
 
     observation: int
     action: int
     context_next_observation: bool
+    horizon: int = 20
+    tasks: int = 1
+    varies: str = "reward"
 
     @property
     def context(self) -> int:
@@ -43,35 +66,40 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class BatchSizes:
-    """What one update draws: tasks with replacement, and per drawn task two independent bags of rows.
+class Draw:
+    """What an update takes of every drawn task.
 
     Attributes:
-        meta_batch: tasks.
-        context: transitions for the encoder.
-        transitions: transitions for actor and critic.
+        rows: how many rows, windows or episodes, drawn uniformly with replacement.
+        unit: ``row``; ``window``, ``length`` successive steps of one episode from a uniformly drawn step on;
+            ``episode``, whole.
+        length: steps of a window; longest part of an episode that is taken, 0 for all of it.
+        source: from the ``transitions`` dataset or the ``context`` dataset, which differ in dataset pairs only.
     """
 
-    meta_batch: int
-    context: int
-    transitions: int
+    rows: int
+    unit: Literal["row", "window", "episode"] = "row"
+    length: int = 0
+    source: Literal["transitions", "context"] = "transitions"
 
 
 @dataclass(frozen=True)
-class MetaBatch:
-    """One draw of the sampler: a repeated task has a context and transitions of its own each time.
+class Phase:
+    """A part of training.
 
     Attributes:
-        tasks: int64 [meta_batch], places of the drawn tasks in the training set.
-        context: for the encoder.
-        transitions: for actor and critic.
-        more: draws further transitions of the same tasks.
+        name: shown in the curve's ``phase`` column.
+        steps: updates.
+        meta_batch: tasks per update.
+        draws: name -> what to draw of every task, in this order.
+        replace: draw tasks with replacement.
     """
 
-    tasks: Tensor
-    context: Context
-    transitions: Transitions
-    more: Callable[[], Transitions]
+    name: str
+    steps: int
+    meta_batch: int
+    draws: Mapping[str, Draw] = field(default_factory=dict)
+    replace: bool = True
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -81,42 +109,85 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
-class MetaAlgorithm(abc.ABC):
+class Algorithm(abc.ABC):
     """One meta-RL method.
 
     Args:
         config: an instance of ``CONFIG``.
-        sizes: of the environment.
+        spec: of the environment.
         seed: of initial weights and of everything drawn inside an update.
         device: ``auto``, ``cpu`` or ``cuda``.
     """
 
     CONFIG: ClassVar[type[Config]]
+    PROTOCOLS: ClassVar[frozenset[str]] = frozenset(
+        {"offline-context", "ood-checkpoint", "online-prior", "online-idaq"}
+    )  # evaluation protocols that the method can serve
 
-    def __init__(self, config: Config, sizes: Sizes, seed: int, device: str = "auto") -> None:
-        self.config, self.sizes, self.seed, self.device = config, sizes, seed, pick_device(device)
+    def __init__(self, config: Config, spec: Spec, seed: int, device: str = "auto") -> None:
+        self.config, self.spec, self.seed, self.device = config, spec, seed, pick_device(device)
         self.generator = torch.Generator().manual_seed(seeding.integer(seed, "algorithm"))
 
     @classmethod
-    def check(cls, config: Any, tasks: int, steps: int) -> str | None:
-        """Return what in ``config`` does not fit so many training tasks and updates, as 'key = value: expected ...'."""
+    def check(cls, config: Any, spec: Spec, steps: int) -> str | None:
+        """Return what in ``config`` does not fit spec and updates, as 'key = value: expected ...'; None if all fits."""
         return None
 
-    @abc.abstractmethod
-    def batch_sizes(self) -> BatchSizes:
-        """Return what an update wants to draw."""
+    # --- training ----------------------------------------------------------------------------------------------
+
+    def columns(self, data: TaskData) -> Mapping[str, NDArray[np.float32]]:
+        """Return further columns [tasks, rows, width] of a dataset, computed once; they come back in ``extra``."""
+        return {}
 
     @abc.abstractmethod
-    def update(self, batch: MetaBatch) -> dict[str, Tensor]:
-        """Take one gradient step; return scalars for the curves, as tensors on the device."""
+    def phases(self, steps: int) -> list[Phase]:
+        """Return the phases of training; their steps sum to ``steps``."""
+
+    def online_phase(self, steps: int) -> Phase:
+        """Return the phase of training on while the method acts in the environment itself (stage ``online``)."""
+        last = self.phases(steps)[-1]
+        return Phase("online", steps, last.meta_batch, last.draws, last.replace)
+
+    def begin(self, phase: Phase, data: TaskData) -> Mapping[str, NDArray[np.float32]]:
+        """Prepare for a phase, before its first update; return columns to add to the data, if any."""
+        return {}
 
     @abc.abstractmethod
-    def infer(self, context: Context) -> Tensor:
-        """Return the embeddings [tasks, latent] of a context, without gradient."""
+    def update(self, phase: Phase, batch: Mapping[str, Experience]) -> dict[str, Tensor]:
+        """Take one gradient step; return scalars for the curves, as tensors on the device.
+
+        Args:
+            phase: the present one.
+            batch: what ``phase.draws`` names; tasks are the same and in the same order in all of them.
+        """
+
+    def context_draw(self, transitions: int) -> Draw:
+        """Return how a context of so many transitions is drawn from an offline dataset; single rows by default."""
+        return Draw(transitions)
+
+    # --- acting ------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def act(self, observation: Tensor, z: Tensor) -> Tensor:
-        """Return the deterministic actions [tasks, n, action] for observations [tasks, n, width]."""
+    def prior(self, tasks: int, rng: torch.Generator | None = None) -> Belief:
+        """Return the belief of ``tasks`` tasks of which nothing is known; drawn with ``rng`` where there is a choice."""
+
+    @abc.abstractmethod
+    def adapt(self, belief: Belief, context: Experience) -> Belief:
+        """Return the belief after a bag of experience, [tasks, n, ...]."""
+
+    def observe(self, belief: Belief, step: Experience) -> Belief:
+        """Return the belief after one more step of one's own, [tasks, 1, ...]; most methods keep theirs."""
+        return belief
+
+    @abc.abstractmethod
+    def act(self, belief: Belief, observation: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """Return actions [tasks, action] for observations [tasks, width]; explore where ``rng`` is given."""
+
+    def embedding(self, belief: Belief) -> Tensor | None:
+        """Return a vector per task, [tasks, latent], for diagnostics and pictures; None if there is none."""
+        return None
+
+    # --- state -------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def modules(self) -> dict[str, torch.nn.Module]:
@@ -126,9 +197,9 @@ class MetaAlgorithm(abc.ABC):
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the optimizers by name."""
 
-    @abc.abstractmethod
     def generators(self) -> dict[str, torch.Generator]:
-        """Return the random streams that updates draw from."""
+        """Return the random streams that updates draw from; none by default."""
+        return {}
 
     def model_state(self) -> dict[str, Tensor]:
         """Return the model's tensors by name, on the CPU."""
@@ -174,15 +245,56 @@ class MetaAlgorithm(abc.ABC):
             generator.set_state(state[f"generator/{name}"])
 
 
+class ContextAlgorithm(Algorithm):
+    """A method whose belief is one vector z per task, encoded from a bag and frozen while it acts.
+
+    A subclass says how a bag becomes z (``infer``) and what it does given z (``actions``).
+    """
+
+    def rows(self, context: Experience) -> Tensor:
+        """Return a context as an encoder's input: (s, a, signal[, s']), [tasks, n, width]."""
+        return context.rows(self.spec.context_next_observation)
+
+    @abc.abstractmethod
+    def infer(self, context: Experience) -> Tensor:
+        """Return the embeddings [tasks, latent] of a context, without gradient."""
+
+    @abc.abstractmethod
+    def actions(self, observation: Tensor, z: Tensor) -> Tensor:
+        """Return the deterministic actions [tasks, n, action] for observations [tasks, n, width]."""
+
+    @property
+    @abc.abstractmethod
+    def latent(self) -> int:
+        """Width of z."""
+
+    def prior(self, tasks: int, rng: torch.Generator | None = None) -> Belief:
+        """Return z = 0, the middle of the embeddings."""
+        return torch.zeros(tasks, self.latent, device=self.device)
+
+    def adapt(self, belief: Belief, context: Experience) -> Belief:
+        """Return z of the context; what was believed before does not count."""
+        return self.infer(context)
+
+    def act(self, belief: Belief, observation: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """Return the deterministic action given z."""
+        return self.actions(observation.unsqueeze(1), belief).squeeze(1)
+
+    def embedding(self, belief: Belief) -> Tensor | None:
+        """Return z."""
+        z: Tensor = belief
+        return z
+
+
 def create(
-    name: str, overrides: dict[str, Any], sizes: Sizes, seed: int, device: str = "auto", where: str = ""
-) -> MetaAlgorithm:
+    name: str, overrides: dict[str, Any], spec: Spec, seed: int, device: str = "auto", where: str = ""
+) -> Algorithm:
     """Return an untrained algorithm.
 
     Args:
-        name: file name in ``omrl/algorithms``.
+        name: file name in ``omrl/algorithms``, or a module in somebody else's package, ``package.module``.
         overrides: of its configuration.
-        sizes: of the environment.
+        spec: of the environment.
         seed: of weights and draws.
         device: see ``pick_device``.
         where: prefix of messages.
@@ -190,14 +302,14 @@ def create(
     Raises:
         UserError: unknown algorithm or configuration.
     """
-    module = registry.load("omrl.algorithms", name, "algorithm")
-    algorithm: MetaAlgorithm = module.ALGORITHM(
-        parse(module.CONFIG, overrides, where or f"configuration of '{name}':"), sizes, seed, device
+    module = registry.load(PACKAGE, name, "algorithm", NEEDS)
+    algorithm: Algorithm = module.ALGORITHM(
+        parse(module.CONFIG, overrides, where or f"configuration of '{name}':"), spec, seed, device
     )
     return algorithm
 
 
-def save_model(algorithm: MetaAlgorithm, folder: str | Path, name: str, module: str) -> None:
+def save_model(algorithm: Algorithm, folder: str | Path, name: str, module: str) -> None:
     """Write ``model.safetensors`` and the resolved ``config.json`` to ``folder``.
 
     Args:
@@ -215,15 +327,20 @@ def save_model(algorithm: MetaAlgorithm, folder: str | Path, name: str, module: 
             "name": name,
             "algorithm": module,
             "config": algorithm.config.resolved(),
-            "sizes": vars(algorithm.sizes),
+            "spec": vars(algorithm.spec),
             "seed": algorithm.seed,
             "packages": package_versions("torch", "safetensors"),
         },
     )
 
 
-def load_model(folder: str | Path, device: str = "auto") -> MetaAlgorithm:
+def load_model(folder: str | Path, device: str = "auto", tensors: str = MODEL) -> Algorithm:
     """Load a model from its folder.
+
+    Args:
+        folder: ``data/models/...``.
+        device: see ``pick_device``.
+        tensors: the file in it, ``model.safetensors`` or a snapshot.
 
     Raises:
         UserError: a file is missing, damaged, or does not fit the other; the message names it.
@@ -232,20 +349,34 @@ def load_model(folder: str | Path, device: str = "auto") -> MetaAlgorithm:
     saved = read_json(folder / CONFIG)
     hint = "restore it with 'dvc checkout', or rebuild it with 'dvc repro'"
     try:
-        sizes, name, config, seed = (
-            Sizes(**saved["sizes"]),
-            saved["algorithm"],
-            saved["config"],
-            saved["seed"],
-        )
+        spec, name, config, seed = Spec(**saved["spec"]), saved["algorithm"], saved["config"], saved["seed"]
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{folder / CONFIG}: not the configuration of a model; {hint}") from None
-    algorithm = create(name, config, sizes, seed, device, f"{folder / CONFIG}: config")
-    path = folder / MODEL
+    algorithm = create(name, config, spec, seed, device, f"{folder / CONFIG}: config")
+    load_tensors(algorithm, folder / tensors)
+    return algorithm
+
+
+def load_tensors(algorithm: Algorithm, path: Path) -> None:
+    """Give an algorithm the tensors of a file.
+
+    Raises:
+        UserError: the file is missing, damaged, or another configuration's.
+    """
+    hint = "restore it with 'dvc checkout', or rebuild it with 'dvc repro'"
     if not path.is_file():
         raise UserError(f"{path}: missing; {hint}")
     try:
         algorithm.load_model_state(load_file(path))
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: damaged, or not of the configuration beside it ({error}); {hint}") from None
-    return algorithm
+
+
+def map_belief(change: Any, *beliefs: Belief) -> Belief:
+    """Return the belief whose tensors are ``change`` of the beliefs' tensors in the same place."""
+    return tree_map(change, *beliefs)
+
+
+def join_beliefs(beliefs: list[Belief]) -> Belief:
+    """Return the beliefs of several groups of tasks as one, in order."""
+    return beliefs[0] if len(beliefs) == 1 else map_belief(lambda *parts: torch.cat(parts), *beliefs)

@@ -40,17 +40,19 @@ Known failures:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from omrl.algorithms.base import BatchSizes, MetaAlgorithm, MetaBatch, Sizes
+from omrl.algorithms.base import ContextAlgorithm, Draw, Phase, Spec
 from omrl.algorithms.focal import distance_metric_loss
 from omrl.core.config import Config
 from omrl.nets.actor_critic import adam, join
-from omrl.nets.encoders import Context, DeterministicEncoder
+from omrl.nets.encoders import DeterministicEncoder
+from omrl.nets.experience import Experience
 from omrl.nets.mlp import Policy
 
 _EDGE = 1 - 1e-4  # of actions in the likelihood: atanh(1) is infinite
@@ -104,41 +106,48 @@ def cloning_loss(mean: Tensor, log_std: Tensor, action: Tensor, likelihood: str)
     return -(normal - torch.log(1 - inside * inside)).sum(-1).mean()
 
 
-class Bc(MetaAlgorithm):
+class Bc(ContextAlgorithm):
     """See the module's docstring."""
 
     CONFIG = BcConfig
 
-    def __init__(self, config: BcConfig, sizes: Sizes, seed: int, device: str = "auto") -> None:
-        super().__init__(config, sizes, seed, device)
+    def __init__(self, config: BcConfig, spec: Spec, seed: int, device: str = "auto") -> None:
+        super().__init__(config, spec, seed, device)
         self.settings = config
         hidden = [config.encoder_width] * config.encoder_depth
-        self.encoder = DeterministicEncoder(sizes.context, hidden, config.latent_dim, self.generator).to(self.device)
+        self.encoder = DeterministicEncoder(spec.context, hidden, config.latent_dim, self.generator).to(self.device)
         self.policy = Policy(
-            sizes.observation + config.latent_dim, [config.width] * config.depth, sizes.action, self.generator
+            spec.observation + config.latent_dim, [config.width] * config.depth, spec.action, self.generator
         ).to(self.device)
         self._optimizers = {
             "encoder": adam(self.encoder.parameters(), config.encoder_rate),
             "policy": adam(self.policy.parameters(), config.actor_rate),
         }
 
-    def batch_sizes(self) -> BatchSizes:
-        """Return what an update wants to draw."""
-        return BatchSizes(self.settings.meta_batch, self.settings.context_batch, self.settings.rl_batch)
+    def phases(self, steps: int) -> list[Phase]:
+        """Return one phase: rows to learn from, and a bag for the encoder."""
+        config = self.settings
+        draws = {"transitions": Draw(config.rl_batch), "context": Draw(config.context_batch, source="context")}
+        return [Phase("training", steps, config.meta_batch, draws)]
 
-    def update(self, batch: MetaBatch) -> dict[str, Tensor]:
+    @property
+    def latent(self) -> int:
+        """Width of z."""
+        return self.settings.latent_dim
+
+    def update(self, phase: Phase, batch: Mapping[str, Experience]) -> dict[str, Tensor]:
         """Take one gradient step of encoder and policy."""
         config = self.settings
-        z = self.encoder(batch.context.rows())
+        z = self.encoder(self.rows(batch["context"]))
         by_metric = config.encoder_loss == "metric"
-        state = join(batch.transitions.observation, z.detach() if by_metric else z)
-        action = batch.transitions.action.reshape(len(state), -1)
+        state = join(batch["transitions"].observation, z.detach() if by_metric else z)
+        action = batch["transitions"].action.reshape(len(state), -1)
         mean, log_std = self.policy(state)
         cloning = cloning_loss(mean, log_std, action, config.likelihood)
         scalars = {"cloning_loss": cloning.detach(), "z_rms": z.detach().square().mean().sqrt()}
         loss = cloning
         if by_metric:
-            metric = config.metric_weight * distance_metric_loss(z, batch.tasks)
+            metric = config.metric_weight * distance_metric_loss(z, batch["context"].task)
             scalars["metric_loss"] = metric.detach()
             loss = loss + metric
         for optimizer in self._optimizers.values():
@@ -149,13 +158,13 @@ class Bc(MetaAlgorithm):
         return scalars
 
     @torch.no_grad()
-    def infer(self, context: Context) -> Tensor:
+    def infer(self, context: Experience) -> Tensor:
         """Return z [tasks, latent]."""
-        z: Tensor = self.encoder(context.rows())
+        z: Tensor = self.encoder(self.rows(context))
         return z
 
     @torch.no_grad()
-    def act(self, observation: Tensor, z: Tensor) -> Tensor:
+    def actions(self, observation: Tensor, z: Tensor) -> Tensor:
         """Return tanh of the policy's mean, [tasks, n, action]."""
         mean, _ = self.policy(join(observation, z))
         return torch.tanh(mean).view(*observation.shape[:2], -1)
@@ -167,10 +176,6 @@ class Bc(MetaAlgorithm):
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the optimizers by name."""
         return dict(self._optimizers)
-
-    def generators(self) -> dict[str, torch.Generator]:
-        """Return no stream: an update draws nothing of its own."""
-        return {}
 
 
 CONFIG = BcConfig

@@ -52,16 +52,18 @@ Known failures:
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from omrl.algorithms.base import BatchSizes, MetaAlgorithm, MetaBatch, Sizes
+from omrl.algorithms.base import ContextAlgorithm, Draw, Phase, Spec
 from omrl.core.config import Config
-from omrl.nets.actor_critic import Transitions, adam, join
-from omrl.nets.encoders import Context, DeterministicEncoder
+from omrl.nets.actor_critic import adam, join
+from omrl.nets.encoders import DeterministicEncoder
+from omrl.nets.experience import Experience
 from omrl.nets.mlp import Mlp
 
 
@@ -182,17 +184,17 @@ class BatchConstrained(nn.Module):
         return action.view(n, count, -1)[torch.arange(n, device=state.device), chosen]
 
 
-class Bcq(MetaAlgorithm):
+class Bcq(ContextAlgorithm):
     """See the module's docstring."""
 
     CONFIG = BcqConfig
 
-    def __init__(self, config: BcqConfig, sizes: Sizes, seed: int, device: str = "auto") -> None:
-        super().__init__(config, sizes, seed, device)
+    def __init__(self, config: BcqConfig, spec: Spec, seed: int, device: str = "auto") -> None:
+        super().__init__(config, spec, seed, device)
         self.settings = config
         hidden = [config.encoder_width] * config.encoder_depth
-        self.encoder = DeterministicEncoder(sizes.context, hidden, config.latent_dim, self.generator).to(self.device)
-        self.learner = BatchConstrained(sizes.observation + config.latent_dim, sizes.action, config, self.generator)
+        self.encoder = DeterministicEncoder(spec.context, hidden, config.latent_dim, self.generator).to(self.device)
+        self.learner = BatchConstrained(spec.observation + config.latent_dim, spec.action, config, self.generator)
         self.learner.to(self.device)
         noise_seed = int(torch.randint(2**31, (1,), generator=self.generator).item())
         self.noise = torch.Generator(self.device).manual_seed(noise_seed)
@@ -204,14 +206,10 @@ class Bcq(MetaAlgorithm):
             "shift": adam(learner.shift.parameters(), config.rate),
         }
 
-    def batch_sizes(self) -> BatchSizes:
-        """Return what an update wants to draw."""
-        return BatchSizes(self.settings.meta_batch, self.settings.context_batch, self.settings.rl_batch)
-
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.noise, device=self.device)
 
-    def losses(self, batch: Transitions, z: Tensor) -> dict[str, Tensor]:
+    def losses(self, batch: Experience, z: Tensor) -> dict[str, Tensor]:
         """Return the losses ``vae`` and ``q``, attached to z as the configuration says."""
         config, learner = self.settings, self.learner
         action = batch.action.reshape(-1, learner.actions)
@@ -224,18 +222,29 @@ class Bcq(MetaAlgorithm):
         y = learner.target(following, batch.reward.reshape(-1), batch.terminal.reshape(-1), latents)
         return {"vae": vae, "q": (learner.value(learner.q, state, action) - y).square().mean(-1).sum()}
 
-    def update(self, batch: MetaBatch) -> dict[str, Tensor]:
+    def phases(self, steps: int) -> list[Phase]:
+        """Return one phase: rows to learn from, and a bag for the encoder."""
+        config = self.settings
+        draws = {"transitions": Draw(config.rl_batch), "context": Draw(config.context_batch, source="context")}
+        return [Phase("training", steps, config.meta_batch, draws)]
+
+    @property
+    def latent(self) -> int:
+        """Width of z."""
+        return self.settings.latent_dim
+
+    def update(self, phase: Phase, batch: Mapping[str, Experience]) -> dict[str, Tensor]:
         """Take one gradient step of every network."""
         learner, config = self.learner, self.settings
-        z = self.encoder(batch.context.rows())
-        losses = self.losses(batch.transitions, z)
+        z = self.encoder(self.rows(batch["context"]))
+        losses = self.losses(batch["transitions"], z)
         stepped = [self._optimizers[name] for name in ("encoder", "vae", "q")]
         for optimizer in stepped:
             optimizer.zero_grad(set_to_none=True)
         (losses["vae"] + losses["q"]).backward()
         for optimizer in stepped:
             optimizer.step()
-        state = join(batch.transitions.observation, z.detach())
+        state = join(batch["transitions"].observation, z.detach())
         latents = self._normal(len(state), learner.latent).clamp(-config.vae_clip, config.vae_clip)
         with torch.no_grad():
             sampled = learner.generate(state, latents)
@@ -259,13 +268,13 @@ class Bcq(MetaAlgorithm):
         }
 
     @torch.no_grad()
-    def infer(self, context: Context) -> Tensor:
+    def infer(self, context: Experience) -> Tensor:
         """Return z [tasks, latent]."""
-        z: Tensor = self.encoder(context.rows())
+        z: Tensor = self.encoder(self.rows(context))
         return z
 
     @torch.no_grad()
-    def act(self, observation: Tensor, z: Tensor) -> Tensor:
+    def actions(self, observation: Tensor, z: Tensor) -> Tensor:
         """Return the best of the perturbed candidates, [tasks, n, action]."""
         tasks, n, _ = observation.shape
         return self.learner.best_action(join(observation, z)).view(tasks, n, -1)

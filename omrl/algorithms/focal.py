@@ -39,15 +39,17 @@ positive pair and nothing pulls embeddings of one task together; the author call
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from omrl.algorithms.base import BatchSizes, MetaAlgorithm, MetaBatch, Sizes
+from omrl.algorithms.base import ContextAlgorithm, Draw, Phase, Spec
 from omrl.nets.actor_critic import ActorCritic, ActorCriticConfig, EncoderStep, adam
-from omrl.nets.encoders import Context, DeterministicEncoder, ProbabilisticEncoder, gaussian_kl
+from omrl.nets.encoders import DeterministicEncoder, ProbabilisticEncoder, gaussian_kl
+from omrl.nets.experience import Experience
 
 # weight of the repulsive term by power of the distance (FOCAL Table 5b): all are equal at a mean squared
 # difference of 0.25 per dimension
@@ -135,26 +137,48 @@ def distance_metric_loss(
     return (same * together).sum() / (positives + 1e-3) + ((1 - same) * apart).sum() / (negatives + 1e-3)
 
 
-class Focal(MetaAlgorithm):
+class Focal(ContextAlgorithm):
     """See the module's docstring."""
 
     CONFIG = FocalConfig
 
-    def __init__(self, config: FocalConfig, sizes: Sizes, seed: int, device: str = "auto") -> None:
-        super().__init__(config, sizes, seed, device)
+    def __init__(self, config: FocalConfig, spec: Spec, seed: int, device: str = "auto") -> None:
+        super().__init__(config, spec, seed, device)
         self.settings = config
         hidden = [config.encoder_width] * config.encoder_depth
         kind = DeterministicEncoder if config.encoder == "deterministic" else ProbabilisticEncoder
-        self.encoder = kind(sizes.context, hidden, config.latent_dim, self.generator).to(self.device)
+        self.encoder = kind(spec.context, hidden, config.latent_dim, self.generator).to(self.device)
         self.actor_critic = ActorCritic(
-            config, sizes.observation, sizes.action, config.latent_dim, self.generator, self.device
+            config, spec.observation, spec.action, config.latent_dim, self.generator, self.device
         )
         self.encoder_optimizer = adam(self.encoder.parameters(), config.encoder_rate)
 
-    def batch_sizes(self) -> BatchSizes:
-        """Return what an update wants to draw."""
-        context = 0 if self.settings.context_is_rl_batch else self.settings.context_batch
-        return BatchSizes(self.settings.meta_batch, context, self.settings.rl_batch)
+    def draws(self) -> dict[str, Draw]:
+        """Return what an update draws: rows to learn from, a bag for the encoder, more rows for the discriminator."""
+        config = self.settings
+        draws = {"transitions": Draw(config.rl_batch)}
+        if not config.context_is_rl_batch:
+            draws["context"] = Draw(config.context_batch, source="context")
+        more = config.regularization.discriminator_steps - 1 if config.regularization.active else 0
+        return draws | {f"more{i}": Draw(config.rl_batch) for i in range(more)}
+
+    def phases(self, steps: int) -> list[Phase]:
+        """Return one phase."""
+        return [Phase("training", steps, self.settings.meta_batch, self.draws())]
+
+    @property
+    def latent(self) -> int:
+        """Width of z."""
+        return self.settings.latent_dim
+
+    def bag(self, batch: Mapping[str, Experience]) -> Experience:
+        """Return the encoder's part of what was drawn."""
+        return batch["transitions" if self.settings.context_is_rl_batch else "context"]
+
+    @staticmethod
+    def more(batch: Mapping[str, Experience]) -> list[Experience]:
+        """Return the discriminator's further rows."""
+        return [drawn for name, drawn in batch.items() if name.startswith("more")]
 
     def _embed(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return z, sampled for the probabilistic encoder, and its KL term."""
@@ -181,32 +205,32 @@ class Focal(MetaAlgorithm):
             loss = loss + config.kl_weight * kl
         return loss, scalars
 
-    def update(self, batch: MetaBatch) -> dict[str, Tensor]:
+    def update(self, phase: Phase, batch: Mapping[str, Experience]) -> dict[str, Tensor]:
         """Take one gradient step of encoder, actor and critic (Algorithm 1, inner loop)."""
         config = self.settings
-        z, kl = self._embed(batch.context.rows())
-        loss, scalars = self.encoder_loss(z, kl, batch.tasks)
+        context = self.bag(batch)
+        z, kl = self._embed(self.rows(context))
+        loss, scalars = self.encoder_loss(z, kl, context.task)
         scalars["z_rms"] = z.detach().square().mean().sqrt()
-        more = config.regularization.discriminator_steps - 1 if config.regularization.active else 0
-        extra = [batch.more() for _ in range(more)]
+        extra = self.more(batch)
         if config.coupled:
             coupled = EncoderStep(self.encoder_optimizer, loss)
-            return scalars | self.actor_critic.update(batch.transitions, z, extra, coupled)
+            return scalars | self.actor_critic.update(batch["transitions"], z, extra, coupled)
         if loss.requires_grad:  # it has nothing to learn with metric_weight = 0
             self.encoder_optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.encoder_optimizer.step()
-        return scalars | self.actor_critic.update(batch.transitions, z.detach(), extra)
+        return scalars | self.actor_critic.update(batch["transitions"], z.detach(), extra)
 
     @torch.no_grad()
-    def infer(self, context: Context) -> Tensor:
+    def infer(self, context: Experience) -> Tensor:
         """Return z [tasks, latent]; the posterior mean for the probabilistic encoder."""
-        out = self.encoder(context.rows())
+        out = self.encoder(self.rows(context))
         z: Tensor = out[0] if isinstance(out, tuple) else out
         return z
 
     @torch.no_grad()
-    def act(self, observation: Tensor, z: Tensor) -> Tensor:
+    def actions(self, observation: Tensor, z: Tensor) -> Tensor:
         """Return tanh of the policy's mean, [tasks, n, action]."""
         tasks, n, _ = observation.shape
         wide = z.unsqueeze(1).expand(tasks, n, z.shape[-1])

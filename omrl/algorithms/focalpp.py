@@ -24,17 +24,19 @@ Defaults are the paper's for point robots (Table 6). Differs from the paper:
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omrl.algorithms.base import BatchSizes, MetaBatch, Sizes
+from omrl.algorithms.base import Draw, Phase, Spec
 from omrl.algorithms.focal import Focal, FocalConfig
 from omrl.nets.actor_critic import adam
 from omrl.nets.attention import AttentionEncoder
-from omrl.nets.encoders import Context
+from omrl.nets.experience import Experience
 
 
 class FocalppConfig(FocalConfig):
@@ -97,49 +99,50 @@ class Focalpp(Focal):
 
     CONFIG = FocalppConfig
 
-    def __init__(self, config: FocalppConfig, sizes: Sizes, seed: int, device: str = "auto") -> None:
-        super().__init__(config, sizes, seed, device)
+    def __init__(self, config: FocalppConfig, spec: Spec, seed: int, device: str = "auto") -> None:
+        super().__init__(config, spec, seed, device)
         self.plus = config
         if config.attention != "none":
             # FOCAL declares its own two encoders only; naming a third there would change its fingerprint
             self.encoder = AttentionEncoder(  # type: ignore[assignment]
-                sizes.context, config.latent_dim, config.hidden, config.blocks, config.heads, config.reduction,
+                spec.context, config.latent_dim, config.hidden, config.blocks, config.heads, config.reduction,
                 config.attention, config.tokens, self.generator,
             ).to(self.device)  # fmt: skip
             self.encoder_optimizer = adam(self.encoder.parameters(), config.encoder_rate)
         self.key = copy.deepcopy(self.encoder).requires_grad_(False) if config.loss == "contrastive" else None
 
-    def batch_sizes(self) -> BatchSizes:
-        """Return what an update wants to draw: with contrast, query and key contexts together."""
-        sizes = super().batch_sizes()
-        return BatchSizes(sizes.meta_batch, sizes.context * (1 if self.key is None else 2), sizes.transitions)
+    def draws(self) -> dict[str, Draw]:
+        """Return what an update draws: with contrast, query and key contexts together."""
+        draws = super().draws()
+        if self.key is not None and "context" in draws:
+            draws["context"] = replace(draws["context"], rows=2 * draws["context"].rows)
+        return draws
 
-    def update(self, batch: MetaBatch) -> dict[str, Tensor]:
+    def update(self, phase: Phase, batch: Mapping[str, Experience]) -> dict[str, Tensor]:
         """Take one gradient step of encoder, key encoder, actor and critic (Algorithm 1)."""
         if self.key is None:
-            return super().update(batch)
+            return super().update(phase, batch)
         config = self.plus
-        rows = batch.context.rows()
+        context = self.bag(batch)
+        rows = self.rows(context)
         half = rows.shape[1] // 2
         z = self.encoder(rows[:, :half])
         with torch.no_grad():
             key = self.key(rows[:, half:])
-        loss = matrix_contrast(z, key, batch.tasks, config.temperature)
+        loss = matrix_contrast(z, key, context.task, config.temperature)
         self.encoder_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.encoder_optimizer.step()
         with torch.no_grad():  # Algorithm 1, line 23: after the encoder's step
             torch._foreach_lerp_(list(self.key.parameters()), list(self.encoder.parameters()), 1 - config.momentum)
-        more = config.regularization.discriminator_steps - 1 if config.regularization.active else 0
-        extra = [batch.more() for _ in range(more)]
         scalars = {"contrastive_loss": loss.detach(), "z_rms": z.detach().square().mean().sqrt()}
-        return scalars | self.actor_critic.update(batch.transitions, z.detach(), extra)
+        return scalars | self.actor_critic.update(batch["transitions"], z.detach(), self.more(batch))
 
     @torch.no_grad()
-    def attention_weights(self, context: Context) -> Tensor:
+    def attention_weights(self, context: Experience) -> Tensor:
         """Return the batch-wise weights [tasks, n], of mean 1 per task (Fig. 5c); all 1 without a gate."""
         if isinstance(self.encoder, AttentionEncoder):
-            return self.encoder.transitions(context.rows())[1]
+            return self.encoder.transitions(self.rows(context))[1]
         return torch.ones_like(context.reward)
 
     def modules(self) -> dict[str, torch.nn.Module]:

@@ -1,7 +1,6 @@
 """MBML: Multi-task Batch RL with Metric Learning (Li et al., 2020, paper and release): distilled BCQ.
 
-Two phases in one training run; the step is counted in a buffer of the model, so that a killed run goes on within
-its phase:
+Two phases of training:
 
 1. **teachers**, the first ``bcq_steps`` updates. One BCQ per training task, none knowing of another (losses as in
    ``omrl.algorithms.bcq`` with the bare state), and per task an ensemble of models of the rewards that the encoder
@@ -19,9 +18,8 @@ its phase:
    i's rewards on j's rows are the mean of ensemble i; rows whose members disagree (standard deviation at or above
    ``threshold``) are left out. The context that the student learns on holds as many relabelled rows as true ones.
 
-All tasks' networks are one stack, and an update touches those of the drawn tasks by batched matrix products. The
-scalars' names are the same in both phases, 0 where a phase does not have them; ``phase`` tells which it is, and
-``q_mean`` is the teachers' in phase 1 and the student's in phase 2.
+All tasks' networks are one stack, and an update touches those of the drawn tasks by batched matrix products. In the
+curve ``q_mean`` is the teachers' in phase 1 and the student's in phase 2.
 
 ===================  ==============================================  ================================================
 what                 released code                                   here
@@ -60,7 +58,7 @@ Known failures:
 * Returns of 0 on Sparse-Point-Robot in FOCAL's experiments, which leave it out there (appendix).
 * It needs as much phase 1 as a single-task method, for each task: with 80 tasks and a meta-batch of 16 a task is
   in about every fifth update.
-* ``bcq_steps`` at or above ``meta_train.steps`` leaves an untrained student (``phase`` never becomes 2).
+* ``bcq_steps`` at or above ``meta_train.steps`` leaves an untrained student.
 * A threshold below the ensembles' disagreement switches the triplet off: ``usable`` near 0, ``triplet_loss`` at the
   margin.
 """
@@ -68,6 +66,7 @@ Known failures:
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Annotated
 
 import torch
@@ -75,12 +74,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from omrl.algorithms.base import BatchSizes, MetaAlgorithm, MetaBatch, Sizes
+from omrl.algorithms.base import ContextAlgorithm, Draw, Phase, Spec
 from omrl.algorithms.bcq import soft_minimum
 from omrl.core.config import Config
-from omrl.core.errors import UserError
-from omrl.nets.actor_critic import Transitions, adam, join
-from omrl.nets.encoders import Context, gaussian_kl
+from omrl.nets.actor_critic import adam, join
+from omrl.nets.encoders import gaussian_kl
+from omrl.nets.experience import Experience
 from omrl.nets.mlp import Mlp
 
 
@@ -162,10 +161,10 @@ def diagonal_kl(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> Tenso
 class Teachers(nn.Module):
     """One BCQ and one ensemble per task, stacked."""
 
-    def __init__(self, config: MbmlConfig, sizes: Sizes, generator: torch.Generator) -> None:
+    def __init__(self, config: MbmlConfig, spec: Spec, generator: torch.Generator) -> None:
         super().__init__()
         hidden, count = [config.width] * config.depth, config.tasks
-        s, a = sizes.observation, sizes.action
+        s, a = spec.observation, spec.action
         latent = config.vae_latent * a
         self.encode = Mlp(s + a, hidden, 2 * latent, generator, count)
         self.decode = Mlp(s + latent, hidden, a, generator, count)
@@ -173,7 +172,7 @@ class Teachers(nn.Module):
         self.q = Mlp(s + a, hidden, 1, generator, 2 * count)  # critic k of task i has place k * tasks + i
         self.target_shift = copy.deepcopy(self.shift).requires_grad_(False)
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
-        outputs = 1 + (s if sizes.context_next_observation else 0)
+        outputs = 1 + (s if spec.context_next_observation else 0)
         self.models = Mlp(s + a, [config.ensemble_width], outputs, generator, count * config.ensemble)
 
 
@@ -181,33 +180,31 @@ class Student(nn.Module):
     """The distilled BCQ, conditioned on z, and the context encoder."""
 
     latents: Tensor
-    steps: Tensor
 
-    def __init__(self, config: MbmlConfig, sizes: Sizes, generator: torch.Generator) -> None:
+    def __init__(self, config: MbmlConfig, spec: Spec, generator: torch.Generator) -> None:
         super().__init__()
         hidden = [config.width] * config.depth
-        s, a, latent = sizes.observation + config.latent_dim, sizes.action, config.vae_latent * sizes.action
+        s, a, latent = spec.observation + config.latent_dim, spec.action, config.vae_latent * spec.action
         self.q = Mlp(s + a, hidden, 1, generator)
         self.decode = Mlp(s + latent, hidden, a, generator)
         self.shift = Mlp(s + a, hidden, a, generator)
         self.encoder = Mlp(
-            sizes.context, [config.encoder_width] * config.encoder_depth, 2 * config.latent_dim, generator
+            spec.context, [config.encoder_width] * config.encoder_depth, 2 * config.latent_dim, generator
         )
         drawn = torch.randn(config.candidates, latent, generator=generator)
         self.register_buffer("latents", drawn.clamp(-config.vae_clip, config.vae_clip))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
 
-class Mbml(MetaAlgorithm):
+class Mbml(ContextAlgorithm):
     """See the module's docstring."""
 
     CONFIG = MbmlConfig
 
-    def __init__(self, config: MbmlConfig, sizes: Sizes, seed: int, device: str = "auto") -> None:
-        super().__init__(config, sizes, seed, device)
+    def __init__(self, config: MbmlConfig, spec: Spec, seed: int, device: str = "auto") -> None:
+        super().__init__(config, spec, seed, device)
         self.settings = config
-        self.teachers = Teachers(config, sizes, self.generator).to(self.device)
-        self.student = Student(config, sizes, self.generator).to(self.device)
+        self.teachers = Teachers(config, spec, self.generator).to(self.device)
+        self.student = Student(config, spec, self.generator).to(self.device)
         noise_seed = int(torch.randint(2**31, (1,), generator=self.generator).item())
         self.noise = torch.Generator(self.device).manual_seed(noise_seed)
         teachers = self.teachers
@@ -225,9 +222,18 @@ class Mbml(MetaAlgorithm):
             "student": adam(self.student.parameters(), config.rate),
         }
 
-    def batch_sizes(self) -> BatchSizes:
-        """Return what an update wants to draw."""
-        return BatchSizes(self.settings.meta_batch, self.settings.context_batch, self.settings.rl_batch)
+    def phases(self, steps: int) -> list[Phase]:
+        """Return the teachers' phase and the student's."""
+        config = self.settings
+        draws = {"transitions": Draw(config.rl_batch), "context": Draw(config.context_batch, source="context")}
+        first = min(config.bcq_steps, steps)
+        both = (("teachers", first), ("student", steps - first))
+        return [Phase(name, count, config.meta_batch, draws) for name, count in both if count]
+
+    @property
+    def latent(self) -> int:
+        """Width of z."""
+        return self.settings.latent_dim
 
     def _latents(self, *shape: int) -> Tensor:
         clip = self.settings.vae_clip
@@ -247,22 +253,25 @@ class Mbml(MetaAlgorithm):
 
     # --- phase 1 -----------------------------------------------------------------------------------------------
 
-    def model_error(self, context: Context, tasks: Tensor) -> Tensor:
+    def model_error(self, context: Experience, tasks: Tensor) -> Tensor:
         """Return the ensembles' squared error on the context's rewards (and next states), a mean over members."""
-        wanted = context.reward.unsqueeze(-1)
-        if context.next_observation is not None:
+        wanted = context.signal.unsqueeze(-1)
+        if self.spec.context_next_observation:
             wanted = torch.cat([wanted, context.next_observation], dim=-1)
         return (self._predictions(context, tasks) - wanted.unsqueeze(1)).square().mean()
 
-    def _predictions(self, context: Context, tasks: Tensor) -> Tensor:
+    def _predictions(self, context: Experience, tasks: Tensor) -> Tensor:
         """Return every member's prediction, [m, members, n, outputs], of task ``tasks`` for its row of contexts."""
-        members, (m, n) = self.settings.ensemble, context.reward.shape
-        rows = torch.cat([context.observation, context.action], dim=-1)
+        return self._predict(torch.cat([context.observation, context.action], dim=-1), tasks)
+
+    def _predict(self, rows: Tensor, tasks: Tensor) -> Tensor:
+        """Return every member's prediction for (s, a) rows [m, n, width]."""
+        members, (m, n, _) = self.settings.ensemble, rows.shape
         rows = rows.unsqueeze(1).expand(m, members, n, rows.shape[-1]).reshape(m * members, n, -1)
         places = (tasks[:, None] * members + torch.arange(members, device=tasks.device)).reshape(-1)
         return of_tasks(self.teachers.models, rows, places).view(m, members, n, -1)
 
-    def teacher_target(self, batch: Transitions, tasks: Tensor, latents: Tensor) -> Tensor:
+    def teacher_target(self, batch: Experience, tasks: Tensor, latents: Tensor) -> Tensor:
         """Return y [m, n] of the tasks' own BCQs for latents [m, n * candidates, latent]."""
         config, teachers = self.settings, self.teachers
         with torch.no_grad():
@@ -274,8 +283,9 @@ class Mbml(MetaAlgorithm):
             best = soft_minimum(values, config.soft_min).view(m, n, config.candidates).amax(-1)
             return config.reward_scale * batch.reward + config.gamma * (1 - batch.terminal) * best
 
-    def _teach(self, batch: MetaBatch) -> dict[str, Tensor]:
-        config, teachers, tasks, t = self.settings, self.teachers, batch.tasks, batch.transitions
+    def _teach(self, batch: Mapping[str, Experience]) -> dict[str, Tensor]:
+        t = batch["transitions"]
+        config, teachers, tasks = self.settings, self.teachers, t.task
         m, n = t.reward.shape
         latent = teachers.encode.biases[-1].shape[-1] // 2
         pair = torch.cat([t.observation, t.action], dim=-1)
@@ -288,7 +298,7 @@ class Mbml(MetaAlgorithm):
         y = self.teacher_target(t, tasks, self._latents(m, n * config.candidates, latent))
         q = self._critics(teachers.q, pair, tasks)
         q_loss = (q - y).square().mean((1, 2)).sum()
-        model = self.model_error(batch.context, tasks)
+        model = self.model_error(batch["context"], tasks)
         self._step("teachers", vae + q_loss + model)
         with torch.no_grad():
             sampled = self._decoded(t.observation, self._latents(m, n, latent), tasks)
@@ -311,27 +321,21 @@ class Mbml(MetaAlgorithm):
     # --- phase 2 -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def relabelled(self, context: Context, tasks: Tensor) -> tuple[Tensor, Tensor]:
+    def relabelled(self, context: Experience, tasks: Tensor) -> tuple[Tensor, Tensor]:
         """Return every drawn task's rows under every drawn task's models.
 
         Returns:
             Rows [i, j, n, width]: those of j with i's rewards (and next states); usable [i, j, n], 1 where the
             ensemble agrees and i and j are different tasks.
         """
-        m, n = context.reward.shape
-        s, a, r = (
-            x.reshape(1, m * n, -1).expand(m, m * n, -1)
-            for x in (context.observation, context.action, context.reward.unsqueeze(-1))
-        )
-        everything = Context(s, a, r.squeeze(-1))
-        found = self._predictions(everything, tasks)
+        m, n = context.signal.shape
+        pair = torch.cat([context.observation, context.action], dim=-1).reshape(1, m * n, -1).expand(m, m * n, -1)
+        found = self._predict(pair, tasks)
         mean, std = found.mean(1), found.std(1)
         usable = std[..., 0] < self.settings.threshold
-        following = None
-        if context.next_observation is not None:
+        if self.spec.context_next_observation:
             usable &= std[..., 1:].mean(-1) < self.settings.next_threshold
-            following = mean[..., 1:]
-        rows = Context(everything.observation, everything.action, mean[..., 0], following).rows()
+        rows = torch.cat([pair, mean], dim=-1)  # (s, a, r[, s'])
         different = tasks[:, None] != tasks[None, :]
         return rows.view(m, m, n, -1), (usable.view(m, m, n) & different.unsqueeze(-1)).float()
 
@@ -354,11 +358,12 @@ class Mbml(MetaAlgorithm):
         gap = torch.where(usable.sum(-1) > 0, gap, torch.zeros_like(gap))
         return torch.relu(gap + self.settings.margin)[different].mean() if different.any() else gap.new_zeros(())
 
-    def _distill(self, batch: MetaBatch) -> dict[str, Tensor]:
-        config, student, tasks, t = self.settings, self.student, batch.tasks, batch.transitions
-        m, n = batch.context.reward.shape
-        rows, usable = self.relabelled(batch.context, tasks)
-        true = batch.context.rows()
+    def _distill(self, batch: Mapping[str, Experience]) -> dict[str, Tensor]:
+        t, context = batch["transitions"], batch["context"]
+        config, student, tasks = self.settings, self.student, t.task
+        m, n = context.signal.shape
+        rows, usable = self.relabelled(context, tasks)
+        true = self.rows(context)
         factors = student.encoder(torch.cat([true.reshape(m * n, -1), rows.reshape(m * m * n, -1)]))
         own, moved = factors[: m * n].view(m, n, -1), factors[m * n :].view(m, m, n, -1)
         triplet = self.triplet_loss(own, moved, usable, tasks[:, None] != tasks[None, :])
@@ -393,40 +398,30 @@ class Mbml(MetaAlgorithm):
         }  # fmt: skip
 
     @classmethod
-    def check(cls, config: MbmlConfig, tasks: int, steps: int) -> str | None:
+    def check(cls, config: MbmlConfig, spec: Spec, steps: int) -> str | None:
         """Return what does not fit: another number of tasks, or no steps left for the student."""
-        if config.tasks != tasks:
-            return f"tasks = {config.tasks}: expected tasks.train = {tasks}"
+        if config.tasks != spec.tasks:
+            return f"tasks = {config.tasks}: expected tasks.train = {spec.tasks}"
         if config.bcq_steps >= steps:
             return (
                 f"bcq_steps = {config.bcq_steps}: expected below meta_train.steps = {steps}, the rest is distillation"
             )
         return None
 
-    def update(self, batch: MetaBatch) -> dict[str, Tensor]:
-        """Take one gradient step of the phase that this step belongs to; the other phase's scalars are 0."""
-        if int(batch.tasks.max()) >= self.settings.tasks:
-            raise UserError(
-                f"params.yaml: algorithms: mbml.tasks = {self.settings.tasks}: expected the number of training tasks, "
-                f"there is a task {int(batch.tasks.max())}"
-            )
-        teaching = int(self.student.steps) < self.settings.bcq_steps
-        found = self._teach(batch) if teaching else self._distill(batch)
-        self.student.steps += 1
-        names = ("vae_loss", "q_loss", "model_loss", "triplet_loss", "usable", "kl", "distill_q_loss",
-                 "distill_action_loss", "z_rms", "q_mean")  # fmt: skip
-        zero = torch.zeros((), device=self.device)
-        return {name: found.get(name, zero).detach() for name in names} | {"phase": zero + (1 if teaching else 2)}
+    def update(self, phase: Phase, batch: Mapping[str, Experience]) -> dict[str, Tensor]:
+        """Take one gradient step of the phase."""
+        found = self._teach(batch) if phase.name == "teachers" else self._distill(batch)
+        return {name: value.detach() for name, value in found.items()}
 
     @torch.no_grad()
-    def infer(self, context: Context) -> Tensor:
+    def infer(self, context: Experience) -> Tensor:
         """Return the posterior mean [tasks, latent]."""
-        rows = context.rows()
+        rows = self.rows(context)
         factors = self.student.encoder(rows.reshape(-1, rows.shape[-1])).view(*rows.shape[:2], -1)
         return posterior(factors, torch.ones_like(rows[..., 0]))[0]
 
     @torch.no_grad()
-    def act(self, observation: Tensor, z: Tensor) -> Tensor:
+    def actions(self, observation: Tensor, z: Tensor) -> Tensor:
         """Return the best of the perturbed candidates, [tasks, n, action]."""
         tasks, n, _ = observation.shape
         student, count = self.student, self.settings.candidates

@@ -51,7 +51,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
-from omrl.algorithms.base import Sizes
+from omrl.algorithms.base import Spec
 from omrl.algorithms.focal import Focal, FocalConfig
 from omrl.nets.actor_critic import adam
 from omrl.nets.encoders import ProbabilisticEncoder
@@ -108,11 +108,11 @@ class Pearl(Focal):
 
     CONFIG = PearlConfig
 
-    def __init__(self, config: PearlConfig, sizes: Sizes, seed: int, device: str = "auto") -> None:
-        super().__init__(config, sizes, seed, device)
+    def __init__(self, config: PearlConfig, spec: Spec, seed: int, device: str = "auto") -> None:
+        super().__init__(config, spec, seed, device)
         hidden = [config.encoder_width] * config.encoder_depth
         made = torch.Generator().manual_seed(int(torch.randint(2**31, (1,), generator=self.generator).item()))
-        self.encoder = PosteriorEncoder(sizes.context, hidden, config.latent_dim, made).to(self.device)
+        self.encoder = PosteriorEncoder(spec.context, hidden, config.latent_dim, made).to(self.device)
         self.encoder_optimizer = adam(self.encoder.parameters(), config.encoder_rate)
 
 

@@ -53,16 +53,17 @@ s', little of L_recon is about the reward: one entry of 3 for point robots, of 2
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omrl.algorithms.base import MetaBatch, Sizes
+from omrl.algorithms.base import Phase, Spec
 from omrl.algorithms.focal import Focal, FocalConfig
 from omrl.nets.actor_critic import EncoderStep, adam, join
-from omrl.nets.encoders import Context
+from omrl.nets.experience import Experience
 from omrl.nets.mlp import Mlp
 
 
@@ -98,49 +99,48 @@ class Unicorn(Focal):
 
     CONFIG = UnicornConfig
 
-    def __init__(self, config: UnicornConfig, sizes: Sizes, seed: int, device: str = "auto") -> None:
-        super().__init__(config, sizes, seed, device)
+    def __init__(self, config: UnicornConfig, spec: Spec, seed: int, device: str = "auto") -> None:
+        super().__init__(config, spec, seed, device)
         self.unicorn = config
         self.decoder: Mlp | None = None
         if config.reconstruction_weight:
-            outputs = 1 + (sizes.observation if sizes.context_next_observation else 0)
-            inputs = sizes.observation + sizes.action + config.latent_dim
+            outputs = 1 + (spec.observation if spec.context_next_observation else 0)
+            inputs = spec.observation + spec.action + config.latent_dim
             hidden = [config.decoder_width] * config.decoder_depth
             self.decoder = Mlp(inputs, hidden, outputs, self.generator).to(self.device)
             self.decoder_optimizer = adam(self.decoder.parameters(), config.decoder_rate)
 
-    def reconstruction_loss(self, context: Context, z: Tensor) -> Tensor:
+    def reconstruction_loss(self, context: Experience, z: Tensor) -> Tensor:
         """Return the squared error of (r[, s']) given (s, a, z), a mean over transitions and entries."""
         if self.decoder is None:
             raise ValueError("reconstruction_weight is 0: there is no decoder")
         found = self.decoder(join(torch.cat([context.observation, context.action], dim=-1), z))
-        wanted = [context.reward.unsqueeze(-1)]
-        if context.next_observation is not None:
+        wanted = [context.signal.unsqueeze(-1)]
+        if self.spec.context_next_observation:
             wanted.append(context.next_observation)
         return (found - torch.cat(wanted, dim=-1).reshape(found.shape)).square().mean()
 
-    def update(self, batch: MetaBatch) -> dict[str, Tensor]:
+    def update(self, phase: Phase, batch: Mapping[str, Experience]) -> dict[str, Tensor]:
         """Take one gradient step of encoder, decoder, actor and critic."""
         if self.decoder is None:
-            return super().update(batch)
-        z, kl = self._embed(batch.context.rows())
-        loss, scalars = self.encoder_loss(z, kl, batch.tasks)
-        reconstruction = self.reconstruction_loss(batch.context, z)
+            return super().update(phase, batch)
+        context, extra = self.bag(batch), self.more(batch)
+        z, kl = self._embed(self.rows(context))
+        loss, scalars = self.encoder_loss(z, kl, context.task)
+        reconstruction = self.reconstruction_loss(context, z)
         scalars |= {"reconstruction_loss": reconstruction.detach(), "z_rms": z.detach().square().mean().sqrt()}
         loss = loss + self.unicorn.reconstruction_weight * reconstruction
-        regularization = self.settings.regularization
-        extra = [batch.more() for _ in range(regularization.discriminator_steps - 1)] if regularization.active else []
         self.decoder_optimizer.zero_grad(set_to_none=True)
         if self.settings.coupled:
             coupled = EncoderStep(self.encoder_optimizer, loss)
-            scalars |= self.actor_critic.update(batch.transitions, z, extra, coupled)
+            scalars |= self.actor_critic.update(batch["transitions"], z, extra, coupled)
             self.decoder_optimizer.step()
             return scalars
         self.encoder_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.encoder_optimizer.step()
         self.decoder_optimizer.step()
-        return scalars | self.actor_critic.update(batch.transitions, z.detach(), extra)
+        return scalars | self.actor_critic.update(batch["transitions"], z.detach(), extra)
 
     def modules(self) -> dict[str, torch.nn.Module]:
         """Return encoder, actor-critic and decoder."""

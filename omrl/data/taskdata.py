@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from omrl.core.errors import UserError
 from omrl.data.parquet import read_transitions, verified
 
 _COLUMNS = ["observation", "action", "reward", "sparse_reward", "next_observation", "terminated", "truncated"]
+_ORDERED = ["source_task", "checkpoint", "episode", "step"]
 # of the columns in a table, and so of what a draw yields
 ORDER = ("observation", "action", "reward", "next_observation", "terminal", "sparse_reward")
 
@@ -31,14 +33,20 @@ def _allocate(shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 
 @dataclass(frozen=True)
-class TaskBuffers:
-    """Transitions of several tasks, the same number of each.
+class TaskData:
+    """Transitions of several tasks, the same number of each, in the order in which they were made.
 
     Attributes:
         tasks: task indices, in the order of the first axis.
         observation, action, next_observation: float32 [tasks, rows, width].
         reward, sparse_reward: float32 [tasks, rows].
         terminal: float32 [tasks, rows], 1 where the target does not bootstrap.
+        checkpoint: int32 [tasks, rows], SAC step of the policy that acted.
+        step: int32 [tasks, rows], place in the episode.
+        start: int64 [tasks, rows], the row at which the row's episode, as far as it is in the dataset, begins.
+        end: int64 [tasks, rows], the row after the last of the row's episode.
+        inference: which reward inference may see: ``dense`` or ``sparse``; the family says so.
+        extra: further columns float32 [tasks, rows, width], see ``Algorithm.columns``.
         table: float32 [tasks, rows, width], of which the others are columns; None where they are apart.
     """
 
@@ -49,6 +57,12 @@ class TaskBuffers:
     sparse_reward: NDArray[np.float32]
     next_observation: NDArray[np.float32]
     terminal: NDArray[np.float32]
+    checkpoint: NDArray[np.int32]
+    step: NDArray[np.int32]
+    start: NDArray[np.int64]
+    end: NDArray[np.int64]
+    inference: Literal["dense", "sparse"] = "sparse"
+    extra: Mapping[str, NDArray[np.float32]] | None = None
     table: NDArray[np.float32] | None = None
 
     @property
@@ -56,13 +70,25 @@ class TaskBuffers:
         """Transitions per task."""
         return self.reward.shape[1]
 
+    @property
+    def signal(self) -> NDArray[np.float32]:
+        """The reward that inference may see, [tasks, rows]; no copy."""
+        return self.reward if self.inference == "dense" else self.sparse_reward
+
     @classmethod
-    def load(cls, folder: str | Path, tasks: Sequence[int], time_limit_terminal: bool = False) -> TaskBuffers:
+    def load(
+        cls,
+        folder: str | Path,
+        tasks: Sequence[int],
+        inference: Literal["dense", "sparse"] = "sparse",
+        time_limit_terminal: bool = False,
+    ) -> TaskData:
         """Read the files of ``tasks`` in a dataset folder, each compared with the folder's manifest.
 
         Args:
             folder: ``data/datasets/<name>``.
             tasks: task indices.
+            inference: which reward inference may see.
             time_limit_terminal: count time-limit ends as terminal, as the released FOCAL code does.
 
         Raises:
@@ -71,12 +97,14 @@ class TaskBuffers:
         paths = verified(folder, [f"task={task:03d}.parquet" for task in tasks])
         shapes: dict[str, tuple[int, ...]] = {}
         fields: dict[str, NDArray[np.float32]] = {}
+        order: dict[str, list[NDArray[np.int64]]] = {"checkpoint": [], "step": [], "start": [], "end": []}
         table = np.zeros((0, 0, 0), dtype=np.float32)
         for place, path in enumerate(paths):
-            columns = read_transitions(path, _COLUMNS)
+            columns = read_transitions(path, [*_COLUMNS, *_ORDERED])
             terminal = columns.pop("terminated")
             truncated = columns.pop("truncated")
             columns["terminal"] = (terminal | truncated if time_limit_terminal else terminal).astype(np.float32)
+            ordered = {name: columns.pop(name) for name in _ORDERED}
             if not place:
                 shapes = {name: values.shape for name, values in columns.items()}
                 widths = {name: 1 if len(shape) == 1 else shape[1] for name, shape in shapes.items()}
@@ -88,8 +116,42 @@ class TaskBuffers:
                         f"{path}: column {name} is {values.shape}, expected {shapes[name]} as in {paths[0]}"
                     )
                 fields[name][place] = values.reshape(len(values), -1)
+            order["checkpoint"].append(ordered["checkpoint"])
+            order["step"].append(ordered["step"])
+            start, end = episode_bounds(*(ordered[name] for name in _ORDERED))
+            order["start"].append(start)
+            order["end"].append(end)
         scalars = {name: field[..., 0] for name, field in fields.items() if len(shapes[name]) == 1}
-        return cls(tuple(tasks), **{**fields, **scalars}, table=table)
+        places = {name: np.stack(values) for name, values in order.items()}
+        return cls(tuple(tasks), **{**fields, **scalars}, **places, inference=inference, table=table)
+
+    @classmethod
+    def of_bags(
+        cls, tasks: Sequence[int], inference: Literal["dense", "sparse"] = "sparse", **fields: NDArray[np.float32]
+    ) -> TaskData:
+        """Return data whose rows have no order: every row is an episode of its own."""
+        shape = fields["reward"].shape
+        rows = np.broadcast_to(np.arange(shape[1]), shape)
+        zero = np.zeros(shape, dtype=np.int32)
+        return cls(tuple(tasks), **fields, checkpoint=zero, step=zero, start=rows, end=rows + 1, inference=inference)
+
+    def with_columns(self, columns: Mapping[str, NDArray[np.float32]]) -> TaskData:
+        """Return the data with further columns [tasks, rows, width] (or [tasks, rows])."""
+        shaped = {n: v if v.ndim == 3 else v[..., None] for n, v in columns.items()}
+        return replace(self, extra={**(self.extra or {}), **shaped})
+
+    def of(self, places: Sequence[int]) -> TaskData:
+        """Return a copy with the given tasks alone, by place."""
+        chosen = list(places)
+        names = (*ORDER, "checkpoint", "step", "start", "end")
+        extra = None if self.extra is None else {name: values[chosen] for name, values in self.extra.items()}
+        return replace(
+            self,
+            tasks=tuple(self.tasks[i] for i in chosen),
+            **{name: getattr(self, name)[chosen] for name in names},
+            extra=extra,
+            table=None,
+        )
 
     def packed(self) -> NDArray[np.float32]:
         """Return all columns side by side, as in ``ORDER``, float32 [tasks, rows, width]; no copy if loaded."""
@@ -97,3 +159,34 @@ class TaskBuffers:
             return self.table
         parts = [getattr(self, name) for name in ORDER]
         return np.concatenate([part if part.ndim == 3 else part[..., None] for part in parts], axis=2)
+
+    def take(self, rows: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+        """Return the fields of an experience made of given rows, int64 [tasks, ...] -> [tasks, ..., width]."""
+        place = np.arange(len(rows)).reshape(-1, *[1] * (rows.ndim - 1))
+        names = ("observation", "action", "reward", "next_observation", "terminal", "signal", "step")
+        fields = {name: getattr(self, name)[place, rows] for name in names}
+        return fields | {name: values[place, rows] for name, values in (self.extra or {}).items()}
+
+    def episodes(self, place: int) -> NDArray[np.int64]:
+        """Return [first row, row after the last] of every episode of the task at ``place``, int64 [episodes, 2]."""
+        first = np.unique(self.start[place])
+        return np.stack([first, self.end[place][first]], axis=1)
+
+
+def episode_bounds(
+    source: NDArray[np.int32], checkpoint: NDArray[np.int32], episode: NDArray[np.int32], step: NDArray[np.int32]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return, for every row, the first row of its episode and the row after its last, int64 [rows].
+
+    Rows are of one episode while source task, checkpoint and episode stay and steps count up by one: where
+    single rows were drawn, every gap begins another.
+    """
+    rows = len(step)
+    if not rows:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    new = step[1:] != step[:-1] + 1
+    for column in (source, checkpoint, episode):
+        new |= column[1:] != column[:-1]
+    first = np.flatnonzero(np.r_[True, new])
+    lengths = np.diff(np.r_[first, rows])
+    return np.repeat(first, lengths), np.repeat(first + lengths, lengths)

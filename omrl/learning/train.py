@@ -1,12 +1,13 @@
-"""Meta-training: a sampler over datasets in memory, the loop, its curve, and how it resumes."""
+"""Meta-training: the loop over a method's phases, its curve, its snapshots, and how it resumes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from omrl.algorithms.base import CONFIG as MODEL_CONFIG
-from omrl.algorithms.base import MODEL, BatchSizes, MetaAlgorithm, MetaBatch, Sizes, create, save_model
+from omrl.algorithms.base import MODEL, Algorithm, Phase, Spec, create, save_model
 from omrl.core import seeding
 from omrl.core.allocator import keep_memory
 from omrl.core.config import Config
@@ -23,11 +24,11 @@ from omrl.core.errors import UserError
 from omrl.core.files import atomic_dir, atomic_path, input_hashes, read_json, scratch, write_manifest, write_text
 from omrl.core.precision import Kernels, set_kernels
 from omrl.core.progress import Progress
-from omrl.data.taskdata import ORDER, TaskBuffers
-from omrl.nets.actor_critic import Transitions
-from omrl.nets.encoders import Context
+from omrl.data.taskdata import TaskData
+from omrl.envs.base import Family
+from omrl.learning.sampler import Sampler
 
-CURVE = "curve.csv"
+CURVE, TRAINING = "curve.csv", "training.safetensors"
 _STATE = "training.safetensors"
 _PACKAGES = ("numpy", "safetensors", "torch")
 
@@ -39,6 +40,10 @@ class MetaTrainConfig(Config):
         steps: gradient steps.
         log_every: steps per row of the curve; each row is the mean over them.
         checkpoint_every: steps between saves of the training state, from which a killed run goes on.
+        keep: snapshots of the model along the way, evenly spaced, the last one at the end; the learning curves'
+            points. 0 for none.
+        optimizers: also publish the optimizers' state, from which stage ``online`` goes on.
+        device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
         threads: of torch. Part of the params because one and two threads give different bits.
         matmul: ``float32``, or ``fast``: other kernels where as exact, see ``omrl.core.precision``; other bits.
         time_limit_terminal: count time-limit ends as terminal, as the released FOCAL code does (0.5 % of the
@@ -48,78 +53,22 @@ class MetaTrainConfig(Config):
     steps: Annotated[int, Field(ge=1, le=10**8)] = 2000
     log_every: Annotated[int, Field(ge=1)] = 100
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
+    keep: Annotated[int, Field(ge=0, le=1000)] = 0
+    optimizers: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=1, le=256)] = 2
     matmul: Kernels = "float32"
     time_limit_terminal: bool = False
 
 
-class Sampler:
-    """Draws meta-batches from datasets in memory.
+class Curve:
+    """The training curve: one row per ``log_every`` steps, each the mean over them, with the phase's name.
 
-    All columns lie side by side in one table [tasks * rows, width] on the device, so that a draw is one
-    gather. Tasks are drawn with replacement, rows uniformly with replacement.
-
-    Args:
-        buffers: the training tasks' transitions.
-        sizes: what to draw.
-        context_next_observation: does the context hold s'?
-        seed: of the draws.
-        device: where the table lies.
+    Phases may report different scalars: a column is empty where a phase has no such scalar.
     """
 
-    def __init__(
-        self,
-        buffers: TaskBuffers,
-        sizes: BatchSizes,
-        context_next_observation: bool,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        self._sizes, self._with_next, self._rows, self._device = (
-            sizes,
-            context_next_observation,
-            buffers.rows,
-            device,
-        )
-        self._tasks = len(buffers.tasks)
-        self._widths = [1 if getattr(buffers, n).ndim == 2 else getattr(buffers, n).shape[2] for n in ORDER]
-        table = torch.from_numpy(buffers.packed())
-        self._table = table.reshape(self._tasks * self._rows, -1).to(device)
-        self.generator = torch.Generator(device).manual_seed(seeding.integer(seed, "sampler"))
-
-    def _draw(self, tasks: Tensor, count: int) -> list[Tensor]:
-        shape = (len(tasks), count)
-        rows = torch.randint(self._rows, shape, generator=self.generator, device=self._device)
-        flat = (tasks[:, None] * self._rows + rows).reshape(-1)
-        drawn = self._table.index_select(0, flat).view(*shape, -1)
-        return list(drawn.split(self._widths, dim=-1))
-
-    def _transitions(self, parts: list[Tensor]) -> Transitions:
-        s, a, r, s2, terminal, _ = parts
-        return Transitions(s, a, r.squeeze(-1), s2, terminal.squeeze(-1))
-
-    def _context(self, parts: list[Tensor]) -> Context:
-        s, a, _, s2, _, sparse = parts
-        return Context(s, a, sparse.squeeze(-1), s2 if self._with_next else None)
-
-    def draw(self) -> MetaBatch:
-        """Return a meta-batch."""
-        tasks = torch.randint(self._tasks, (self._sizes.meta_batch,), generator=self.generator, device=self._device)
-        transitions = self._draw(tasks, self._sizes.transitions)
-        context = self._draw(tasks, self._sizes.context) if self._sizes.context else transitions
-        return MetaBatch(
-            tasks,
-            self._context(context),
-            self._transitions(transitions),
-            lambda: self._transitions(self._draw(tasks, self._sizes.transitions)),
-        )
-
-
-class Curve:
-    """The training curve: one row per ``log_every`` steps, each the mean over them."""
-
     def __init__(self) -> None:
-        self.rows: list[str] = []
+        self.rows: list[dict[str, str]] = []
         self._names: list[str] = []
         self._sum: Tensor | None = None
         self._count = 0
@@ -131,16 +80,36 @@ class Curve:
         self._sum = stacked if self._sum is None else self._sum + stacked
         self._count += 1
 
-    def close(self, step: int) -> dict[str, float]:
-        """Write the row that ends at ``step``; return it."""
+    def close(self, step: int, phase: str) -> dict[str, float]:
+        """Write the row that ends at ``step``; return its means."""
         if self._sum is None:
             raise ValueError("no step since the last row")
-        means = (self._sum / self._count).tolist()
-        if not self.rows:
-            self.rows.append(",".join(["step", *self._names]))
-        self.rows.append(",".join([str(step), *(f"{value:.9g}" for value in means)]))
+        means: list[float] = (self._sum / self._count).tolist()
+        found = dict(zip(self._names, means, strict=True))
+        self.rows.append({"step": str(step), "phase": phase} | {k: f"{value:.9g}" for k, value in found.items()})
         self._sum, self._count = None, 0
-        return dict(zip(self._names, means, strict=True))
+        return found
+
+    def text(self) -> str:
+        """Return the curve as CSV."""
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        lines = [",".join(columns), *(",".join(row.get(name, "") for name in columns) for row in self.rows)]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass
+class Position:
+    """Where training stands.
+
+    Attributes:
+        step: updates taken, over all phases.
+        curve: so far.
+        snapshots: step -> the model's tensors then.
+    """
+
+    step: int = 0
+    curve: Curve = field(default_factory=Curve)
+    snapshots: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def _hash(tensors: dict[str, Tensor]) -> str:
@@ -151,41 +120,68 @@ def _hash(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _save_state(path: Path, algorithm: MetaAlgorithm, sampler: Sampler, curve: Curve, step: int) -> None:
+def _save_state(path: Path, algorithm: Algorithm, sampler: Sampler, at: Position) -> None:
     tensors = algorithm.training_state() | {"generator/sampler": sampler.generator.get_state()}
-    about = json.dumps({"step": step, "rows": curve.rows, "sha256": _hash(tensors)})
+    tensors |= {f"snapshot/{step}/{k}": v for step, state in at.snapshots.items() for k, v in state.items()}
+    about = json.dumps({"step": at.step, "rows": at.curve.rows, "sha256": _hash(tensors)})
     with atomic_path(path) as temporary:
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary, {"about": about})
 
 
-def _load_state(path: Path, algorithm: MetaAlgorithm, sampler: Sampler, curve: Curve) -> int:
-    """Return the step that the saved state stands at; 0 without one, or with a damaged one."""
+def _load_state(path: Path, algorithm: Algorithm, sampler: Sampler) -> Position:
+    """Return the position that the saved state stands at; the start without one, or with a damaged one."""
+    at = Position()
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             about = json.loads(file.metadata()["about"])
     except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
-        return 0
+        return at
     whole = about.get("sha256") == _hash(tensors)
     if not whole or not tensors.keys() >= {*algorithm.training_state(), "generator/sampler"}:
-        return 0
+        return at
+    for key in [key for key in tensors if key.startswith("snapshot/")]:
+        _, step, name = key.split("/", 2)
+        at.snapshots.setdefault(int(step), {})[name] = tensors.pop(key)
     sampler.generator.set_state(tensors.pop("generator/sampler"))
     algorithm.load_training_state(tensors)
-    curve.rows = about["rows"]
-    return int(about["step"])
+    at.curve.rows, at.step = about["rows"], int(about["step"])
+    return at
+
+
+def snapshot_steps(steps: int, keep: int) -> list[int]:
+    """Return the steps at which ``keep`` snapshots are taken: evenly spaced, the last one at the end."""
+    return sorted({round(steps * (i + 1) / keep) for i in range(keep)} - {0}) if keep else []
+
+
+def _begin(algorithm: Algorithm, sampler: Sampler, phase: Phase, data: TaskData) -> None:
+    """Let the method prepare for a phase; its columns join the data."""
+    if columns := algorithm.begin(phase, data):
+        sampler.add({"transitions": data.with_columns(columns)})
 
 
 def train(
-    algorithm: MetaAlgorithm,
+    algorithm: Algorithm,
     sampler: Sampler,
     config: MetaTrainConfig,
     state: Path,
     description: str = "meta-training",
-) -> Curve:
+    data: TaskData | None = None,
+    phases: list[Phase] | None = None,
+) -> Position:
     """Take ``config.steps`` gradient steps, going on from ``state`` if an earlier run left one.
 
-    A row of the curve closes at every multiple of ``log_every`` and at the last step; the state is saved at
+    A row of the curve closes at every multiple of ``log_every`` and at the end of a phase; the state is saved at
     the first row's end at or after each multiple of ``checkpoint_every``.
+
+    Args:
+        algorithm: the method.
+        sampler: serves its draws.
+        config: section ``meta_train``.
+        state: file of the unfinished state.
+        description: shown with the progress.
+        data: the transitions' dataset, which ``begin`` is shown; what the sampler has if None.
+        phases: instead of the method's own.
 
     Raises:
         UserError: a loss is no longer finite.
@@ -193,30 +189,61 @@ def train(
     keep_memory()
     torch.set_num_threads(config.threads)
     set_kernels(config.matmul)
-    curve = Curve()
-    done = _load_state(state, algorithm, sampler, curve)
-    saved = done
-    with Progress(config.steps, description, "steps") as progress:
-        if done:
-            progress.skip(done)
-        shown = done
-        for step in range(done + 1, config.steps + 1):
-            curve.add(algorithm.update(sampler.draw()))
-            if step % config.log_every and step != config.steps:
-                continue
-            means = curve.close(step)
-            progress.advance(step - shown, note=", ".join(f"{k} {v:.3g}" for k, v in list(means.items())[:3]))
-            shown = step
-            broken = [name for name, value in means.items() if value != value or abs(value) == float("inf")]
-            if broken:
-                raise UserError(
-                    f"{description}: {broken[0]} is not finite at step {step}: training diverged; lower the "
-                    "rates or the reward scale of this algorithm in params.yaml"
-                )
-            if step - saved >= config.checkpoint_every:
-                _save_state(state, algorithm, sampler, curve, step)
-                saved = step
-    return curve
+    data = sampler.data if data is None else data
+    phases = algorithm.phases(config.steps) if phases is None else phases
+    total = sum(phase.steps for phase in phases)
+    kept = set(snapshot_steps(total, config.keep))
+    at = _load_state(state, algorithm, sampler)
+    saved = shown = at.step
+    with Progress(total, description, "steps") as progress:
+        if at.step:
+            progress.skip(at.step)
+        first = 0
+        for phase in phases:
+            last = first + phase.steps
+            if at.step < last:
+                _begin(algorithm, sampler, phase, data)
+            for step in range(max(first, at.step) + 1, last + 1):
+                at.curve.add(algorithm.update(phase, sampler.draw(phase)))
+                at.step = step
+                if step in kept:
+                    at.snapshots[step] = {name: x.clone() for name, x in algorithm.model_state().items()}
+                if step % config.log_every and step != last:
+                    continue
+                means = at.curve.close(step, phase.name)
+                progress.advance(step - shown, note=", ".join(f"{k} {v:.3g}" for k, v in list(means.items())[:3]))
+                shown = step
+                _refuse_divergence(means, step, description)
+                if step - saved >= config.checkpoint_every:
+                    _save_state(state, algorithm, sampler, at)
+                    saved = step
+            first = last
+    return at
+
+
+def _refuse_divergence(means: dict[str, float], step: int, description: str) -> None:
+    broken = [name for name, value in means.items() if value != value or abs(value) == float("inf")]
+    if broken:
+        raise UserError(
+            f"{description}: {broken[0]} is not finite at step {step}: training diverged; lower the "
+            "rates or the reward scale of this algorithm in params.yaml"
+        )
+
+
+def load_data(
+    sources: Mapping[str, str], tasks: Sequence[int], family: Family, time_limit_terminal: bool
+) -> dict[str, TaskData]:
+    """Return the datasets of a training, ``transitions`` and ``context``, which is absent where they are one."""
+    return {
+        role: TaskData.load(f"data/datasets/{name}", tasks, family.inference_reward, time_limit_terminal)
+        for role, name in sources.items()
+    }
+
+
+def make_sampler(algorithm: Algorithm, data: Mapping[str, TaskData], seed: int) -> Sampler:
+    """Return the sampler of a training, with the method's own columns in the data."""
+    own = {role: x.with_columns(c) if (c := algorithm.columns(x)) else x for role, x in data.items()}
+    return Sampler(own["transitions"], seed, algorithm.device, own.get("context"))
 
 
 def build_model(
@@ -224,63 +251,91 @@ def build_model(
     name: str,
     module: str,
     overrides: dict[str, Any],
+    sources: Mapping[str, str],
     dataset: str,
     seed: int,
     config: MetaTrainConfig,
-    sizes: Sizes,
+    family: Family,
     code: Sequence[str],
     target: str | Path,
 ) -> None:
     """Meta-train one cell and publish its folder; a killed run goes on where it was.
 
     Args:
-        name: of the cell's algorithm in params.yaml.
+        name: of the cell's algorithm in params.yaml; a free name, on which no random number depends.
         module: its file name.
         overrides: of its configuration.
-        dataset: name of the training dataset.
+        sources: ``transitions`` and, where it is another one, ``context`` -> name of a dataset.
+        dataset: name of the training dataset or pair.
         seed: of this cell.
         config: section ``meta_train``.
-        sizes: of the environment.
+        family: environment.
         code: fingerprint files this depends on.
         target: ``data/models/<name>/<dataset>/<seed>``.
 
     Raises:
         UserError: a dataset file is missing or damaged, or training diverged.
     """
-    source = f"data/datasets/{dataset}"
     tasks = read_json("data/tasks/all.json")["train"]
-    inputs = input_hashes("data/tasks/all.json", source, *code)
-    own_seed = seeding.integer(seed, "meta_train", name, dataset)
-    algorithm = create(module, overrides, sizes, own_seed, where=f"params.yaml: algorithms.{name}")
-    key = {
-        "name": name,
+    inputs = input_hashes("data/tasks/all.json", *(f"data/datasets/{x}" for x in sources.values()), *code)
+    own_seed = seeding.integer(seed, "meta_train")
+    algorithm = create(
+        module, overrides, spec_of(family, len(tasks)), own_seed, config.device, f"params.yaml: algorithms.{name}"
+    )
+    parameters = {
+        "algorithm": name,
+        "module": module,
+        "config": algorithm.config.resolved(),
         "dataset": dataset,
+        "sources": dict(sources),
         "seed": seed,
         "meta_train": config.resolved(),
-        "config": algorithm.config.resolved(),
-        "inputs": inputs,
         "device": algorithm.device.type,
     }
-    with scratch("meta_train", key, _PACKAGES) as work:
-        buffers = TaskBuffers.load(source, tasks, config.time_limit_terminal)
-        sampler = Sampler(buffers, algorithm.batch_sizes(), sizes.context_next_observation, own_seed, algorithm.device)
-        curve = train(algorithm, sampler, config, work / _STATE, f"{name} on {dataset}, seed {seed}")
+    with scratch("meta_train", {**parameters, "inputs": inputs}, _PACKAGES) as work:
+        data = load_data(sources, tasks, family, config.time_limit_terminal)
+        sampler = make_sampler(algorithm, data, own_seed)
+        done = train(algorithm, sampler, config, work / _STATE, f"{name} on {dataset}, seed {seed}")
         with atomic_dir(target) as folder:
-            save_model(algorithm, folder, name, module)
-            write_text(folder / CURVE, "\n".join(curve.rows) + "\n")
-            write_manifest(
-                folder,
-                kind="model",
-                inputs=inputs,
-                parameters={
-                    "algorithm": name,
-                    "module": module,
-                    "config": algorithm.config.resolved(),
-                    "dataset": dataset,
-                    "seed": seed,
-                    "meta_train": config.resolved(),
-                    "device": algorithm.device.type,
-                },
-                files={MODEL: None, MODEL_CONFIG: None, CURVE: len(curve.rows) - 1},
-                packages=_PACKAGES,
-            )
+            files = publish(algorithm, done, folder, name, module, config.optimizers)
+            write_manifest(folder, kind="model", inputs=inputs, parameters=parameters, files=files, packages=_PACKAGES)
+
+
+def publish(
+    algorithm: Algorithm, done: Position, folder: Path, name: str, module: str, optimizers: bool
+) -> dict[str, int | None]:
+    """Write a trained model, its curve and snapshots; return the files and their rows.
+
+    Args:
+        algorithm: what was trained.
+        done: where training ended.
+        folder: where to.
+        name: of the cell.
+        module: file name of the algorithm.
+        optimizers: also the optimizers and random streams, from which a later phase goes on.
+    """
+    save_model(algorithm, folder, name, module)
+    write_text(folder / CURVE, done.curve.text())
+    files: dict[str, int | None] = {MODEL: None, MODEL_CONFIG: None, CURVE: len(done.curve.rows)}
+    for step, tensors in done.snapshots.items():
+        with atomic_path(folder / snapshot_name(step)) as temporary:
+            save_file(tensors, temporary)
+        files[snapshot_name(step)] = None
+    if optimizers:
+        with atomic_path(folder / TRAINING) as temporary:
+            save_file({k: v.clone() for k, v in algorithm.training_state().items()}, temporary)
+        files[TRAINING] = None
+    return files
+
+
+def snapshot_name(step: int) -> str:
+    """Return the file name of a snapshot in a model's folder."""
+    return f"snapshot={step:08d}.safetensors"
+
+
+def spec_of(family: Family, tasks: int) -> Spec:
+    """Return what a method knows of the environment."""
+    return Spec(
+        family.observation_size, family.action_size, family.context_next_observation, family.horizon, tasks,
+        family.varies,
+    )  # fmt: skip

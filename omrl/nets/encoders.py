@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from omrl.nets.mlp import Mlp
-
-
-@dataclass(frozen=True)
-class Context:
-    """Transitions that an embedding is inferred from, float32 [tasks, n, width]; rewards [tasks, n].
-
-    ``reward`` is what the encoder sees: sparse where the dataset has a sparse reward. Actor and critic never
-    see it.
-    """
-
-    observation: Tensor
-    action: Tensor
-    reward: Tensor
-    next_observation: Tensor | None = None
-
-    def rows(self) -> Tensor:
-        """Return (s, a, r) or (s, a, r, s') side by side, [tasks, n, width]."""
-        parts = [self.observation, self.action, self.reward.unsqueeze(-1)]
-        if self.next_observation is not None:
-            parts.append(self.next_observation)
-        return torch.cat(parts, dim=-1)
 
 
 class DeterministicEncoder(nn.Module):
