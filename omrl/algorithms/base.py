@@ -169,7 +169,7 @@ class Algorithm(abc.ABC):
 
     @abc.abstractmethod
     def prior(self, tasks: int, rng: torch.Generator | None = None) -> Belief:
-        """Return the belief of ``tasks`` tasks of which nothing is known; drawn with ``rng`` where there is a choice."""
+        """Return the belief of ``tasks`` tasks of which nothing is known; drawn with ``rng`` where there is choice."""
 
     @abc.abstractmethod
     def adapt(self, belief: Belief, context: Experience) -> Belief:

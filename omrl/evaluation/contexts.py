@@ -61,7 +61,7 @@ def offline_belief(
 def experience_of(
     algorithm: Algorithm, episodes: Sequence[Episodes], inference: str, places: Sequence[int]
 ) -> Experience:
-    """Return the agent's own episodes of the given tasks as experience [tasks, episodes, steps, ...], with ``valid``."""
+    """Return the agent's own episodes of the given tasks, experience [tasks, episodes, steps, ...] with ``valid``."""
 
     def stack(name: str) -> NDArray[np.float32]:
         return np.stack([getattr(e, name)[list(places)] for e in episodes], axis=1)

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from omrl.algorithms.base import MetaAlgorithm
+from omrl.algorithms.base import Algorithm
 from omrl.core import seeding
-from omrl.data.taskdata import TaskBuffers
-from omrl.evaluation.protocols import gather_context
-from omrl.nets.encoders import Context
+from omrl.data.taskdata import TaskData
+from omrl.evaluation.contexts import offline_belief
+from omrl.nets.experience import Experience, from_arrays
 
 _FEWEST = 32  # rows of either kind that a task needs for the sparsity curve
 
@@ -22,7 +22,7 @@ _FEWEST = 32  # rows of either kind that a task needs for the sparsity curve
 class Attentive(Protocol):
     """An algorithm that weighs the transitions of a context."""
 
-    def attention_weights(self, context: Context) -> torch.Tensor:
+    def attention_weights(self, context: Experience) -> torch.Tensor:
         """Return weights [tasks, n], of mean 1 per task."""
 
 
@@ -56,27 +56,31 @@ def embedding_variance(embeddings: NDArray[np.float64]) -> float:
 
 
 def sample_embeddings(
-    algorithm: MetaAlgorithm,
-    buffers: TaskBuffers,
+    algorithm: Algorithm,
+    data: TaskData,
     tasks: Sequence[dict[str, Any]],
     size: int,
     resamples: int,
     stream: Sequence[str | int],
     seed: int,
-) -> NDArray[np.float32]:
-    """Return embeddings [tasks, resamples, latent] of resampled contexts of ``size`` transitions of every task."""
+) -> NDArray[np.float32] | None:
+    """Return embeddings [tasks, resamples, latent] of resampled contexts of ``size`` transitions of every task.
+
+    None if the method has no embedding.
+    """
     rngs = [seeding.generator(seed, *stream, "embeddings", t["index"]) for t in tasks]
-    drawn = np.stack([rng.integers(buffers.rows, size=(resamples, size)) for rng in rngs], axis=1)
-    with_next = algorithm.sizes.context_next_observation
-    found = [
-        algorithm.infer(gather_context(buffers, rows, with_next, algorithm.device)).cpu().numpy() for rows in drawn
-    ]
+    found = []
+    for _ in range(resamples):
+        z = algorithm.embedding(offline_belief(algorithm, data, size, rngs))
+        if z is None:
+            return None
+        found.append(z.cpu().numpy())
     return np.stack(found, axis=1)
 
 
 def attention(
-    algorithm: MetaAlgorithm,
-    buffers: TaskBuffers,
+    algorithm: Algorithm,
+    data: TaskData,
     places: Sequence[int],
     size: int,
     stream: Sequence[str | int],
@@ -93,13 +97,12 @@ def attention(
     """
     if not isinstance(algorithm, Attentive):
         return None
-    own = _of(buffers, places)
+    own = data.of(places)
     rng = seeding.generator(seed, *stream, "attention")
-    drawn = rng.integers(own.rows, size=(len(places), size))
-    context = gather_context(own, drawn, algorithm.sizes.context_next_observation, algorithm.device)
+    context = from_arrays(own.take(rng.integers(own.rows, size=(len(places), size))), algorithm.device)
     with torch.no_grad():
         weights = algorithm.attention_weights(context).cpu().numpy().astype(np.float64).reshape(-1)
-    rewarded = context.reward.cpu().numpy().reshape(-1) != 0
+    rewarded = context.signal.cpu().numpy().reshape(-1) != 0
     if rewarded.all() or not rewarded.any():
         return None
     from sklearn.metrics import roc_auc_score
@@ -118,17 +121,9 @@ def attention(
     }
 
 
-def _of(buffers: TaskBuffers, places: Sequence[int]) -> TaskBuffers:
-    chosen = list(places)
-    names = ("observation", "action", "reward", "sparse_reward", "next_observation", "terminal")
-    return TaskBuffers(
-        tasks=tuple(buffers.tasks[i] for i in chosen), **{name: getattr(buffers, name)[chosen] for name in names}
-    )
-
-
 def sparsity_curve(
-    algorithm: MetaAlgorithm,
-    buffers: TaskBuffers,
+    algorithm: Algorithm,
+    data: TaskData,
     places: Sequence[int],
     ratios: Sequence[float],
     size: int,
@@ -140,7 +135,7 @@ def sparsity_curve(
 
     Args:
         algorithm: the model.
-        buffers: offline data.
+        data: offline data.
         places: tasks to look at; those with fewer than 32 transitions of either kind are left out.
         ratios: shares of unrewarded transitions.
         size: transitions of a context.
@@ -153,16 +148,18 @@ def sparsity_curve(
         Var(x_s)), the variances of the embeddings of single transitions with and without reward; None without tasks
         that have both kinds.
     """
-    kinds = [(np.flatnonzero(buffers.sparse_reward[i] == 0), np.flatnonzero(buffers.sparse_reward[i])) for i in places]
+    kinds = [(np.flatnonzero(data.signal[i] == 0), np.flatnonzero(data.signal[i])) for i in places]
     chosen = [(i, kind) for i, kind in zip(places, kinds, strict=True) if min(map(len, kind)) >= _FEWEST]
     if not chosen:
         return None
-    own = _of(buffers, [i for i, _ in chosen])
-    with_next = algorithm.sizes.context_next_observation
+    own = data.of([i for i, _ in chosen])
     rng = seeding.generator(seed, *stream, "sparsity")
 
     def embed(rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        z = algorithm.infer(gather_context(own, rows, with_next, algorithm.device))
+        context = from_arrays(own.take(rows), algorithm.device)
+        z = algorithm.embedding(algorithm.adapt(algorithm.prior(len(rows)), context))
+        if z is None:
+            raise ValueError("a method without an embedding has no sparsity curve")
         return z.cpu().numpy().astype(np.float64)
 
     variance = []

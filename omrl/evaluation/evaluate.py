@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,16 +14,21 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from omrl.algorithms.base import load_model
+from omrl.algorithms.base import load_model, load_tensors
+from omrl.core import registry
+from omrl.core.config import Config, parse
+from omrl.core.errors import UserError, suggest
 from omrl.core.files import atomic_dir, input_hashes, read_json, write_json, write_manifest
 from omrl.core.progress import Progress
 from omrl.data.parquet import read_transitions, verified, write_table
-from omrl.data.taskdata import TaskBuffers
+from omrl.data.taskdata import TaskData
 from omrl.envs.base import Family
+from omrl.envs.simulate import Episodes
 from omrl.evaluation.embeddings import attention, embedding_variance, esr, rms, sample_embeddings, sparsity_curve
-from omrl.evaluation.protocols import ProtocolConfig, run_protocol
+from omrl.evaluation.protocols.base import PACKAGE, ProtocolConfig, Run, protocol
 from omrl.learning.train import CURVE
 
+LEARNING, SNAPSHOTS = "learning.parquet", "snapshot=*.safetensors"
 EPISODES, EMBEDDINGS, TRAJECTORIES, DIAGNOSTICS = (
     "episodes.parquet",
     "embeddings.parquet",
@@ -31,23 +37,48 @@ EPISODES, EMBEDDINGS, TRAJECTORIES, DIAGNOSTICS = (
 )
 
 
-class EvaluateConfig(ProtocolConfig):
-    """Section ``evaluate``: the protocol, and what is measured beside returns.
+class EvaluateConfig(Config):
+    """Section ``evaluate``: the protocol, and what is measured beside returns. The protocol's own keys stand beside.
 
     Attributes:
+        protocol: a file of ``omrl/evaluation/protocols``.
         embedding_context: transitions behind each embedding of the diagnostics.
         embedding_resamples: embeddings per task, each of a context of its own.
         sparsity_ratios: shares of unrewarded transitions at which the embedding variance is taken (FOCAL++ Fig. 6);
             none: not computed.
         trajectories: test tasks whose last episode is kept for the picture.
+        device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
         threads: of torch.
     """
 
-    embedding_context: Annotated[int, Field(ge=1)] = 256
-    embedding_resamples: Annotated[int, Field(ge=2)] = 8
+    protocol: str = "offline-context"
+    embedding_context: Annotated[int, Field(ge=1, le=10**6)] = 256
+    embedding_resamples: Annotated[int, Field(ge=2, le=10_000)] = 8
     sparsity_ratios: list[Annotated[float, Field(ge=0, le=1)]] = []
-    trajectories: Annotated[int, Field(ge=0)] = 6
+    trajectories: Annotated[int, Field(ge=0, le=10_000)] = 6
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=1, le=256)] = 1
+
+
+def parse_evaluate(values: Mapping[str, Any] | None, where: str) -> tuple[EvaluateConfig, ProtocolConfig]:
+    """Return the two halves of section ``evaluate``: what every evaluation has, and the protocol's own.
+
+    Raises:
+        UserError: an unknown protocol or key, or a value that is not fit.
+    """
+    given = dict(values or {})
+    shared = {key: given.pop(key) for key in list(given) if key in EvaluateConfig.model_fields}
+    common = parse(EvaluateConfig, shared, where)
+    known = registry.names(PACKAGE)
+    if "." not in common.protocol and common.protocol not in known:
+        raise UserError(f"{where}.protocol = '{common.protocol}': no such protocol; {suggest(common.protocol, known)}")
+    cls = protocol(common.protocol).CONFIG
+    for key in given:
+        if key not in cls.model_fields:
+            options = suggest(key, [*cls.model_fields, *EvaluateConfig.model_fields])
+            raise UserError(f"{where}.{key}: unknown key for protocol '{common.protocol}'; {options}")
+    own: ProtocolConfig = parse(cls, given, where)
+    return common, own
 
 
 def build_evaluation(
@@ -57,18 +88,22 @@ def build_evaluation(
     test: str,
     seed: int,
     config: EvaluateConfig,
+    settings: ProtocolConfig,
     family: Family,
+    model: str | Path,
     code: Sequence[str],
     target: str | Path,
 ) -> None:
     """Evaluate one model with the contexts of one test dataset and publish the folder.
 
     Args:
-        name: of the algorithm in params.yaml.
+        name: of the algorithm, or of the online cell, in params.yaml.
         train, test: dataset names.
         seed: of the model.
         config: section ``evaluate``.
+        settings: its protocol's keys.
         family: environment.
+        model: the model's folder.
         code: fingerprint files this depends on.
         target: ``data/evaluations/<name>/<train>/<test>/<seed>``.
 
@@ -76,76 +111,87 @@ def build_evaluation(
         UserError: model or dataset is missing or damaged.
     """
     torch.set_num_threads(config.threads)
-    model, data = Path("data/models") / name / train / str(seed), Path("data/datasets") / test
+    model, data = Path(model), Path("data/datasets") / test
     inputs = input_hashes("data/tasks/all.json", model, data, *code)
     tasks = read_json("data/tasks/all.json")["tasks"]
-    algorithm = load_model(model)
-    buffers = TaskBuffers.load(data, [t["index"] for t in tasks])
-    stream = ("evaluate", config.protocol, name, train, test)
-    with Progress(1, f"evaluate {name} {train} on {test}, seed {seed}", "cells") as progress:
-        features = _features(data, buffers, family) if config.protocol == "ood-checkpoint" else None
-        rows, last = run_protocol(algorithm, family, buffers, tasks, config, stream, seed, features)
+    algorithm = load_model(model, config.device)
+    buffers = TaskData.load(data, [t["index"] for t in tasks], family.inference_reward)
+    if own := algorithm.columns(buffers):
+        buffers = buffers.with_columns(own)
+    # no free name in the streams: arms of one table share their contexts
+    stream = ("evaluate", config.protocol)
+    features = _features(data, buffers, family) if config.protocol == "ood-checkpoint" else None
+    run = Run(algorithm, family, buffers, tasks, settings, stream, seed, features)
+    snapshots = sorted(model.glob(SNAPSHOTS))
+    with Progress(1 + len(snapshots), f"evaluate {name} {train} on {test}, seed {seed}", "models") as progress:
+        last = protocol(config.protocol).run(run)
         embeddings = sample_embeddings(
             algorithm, buffers, tasks, config.embedding_context, config.embedding_resamples, stream, seed
         )
-        training = [i for i, t in enumerate(tasks) if t["split"] == "train"]
-        attended, curve = None, None
-        if family.returns == "sparse":
-            attended = attention(algorithm, buffers, training, config.embedding_context, stream, seed)
-            if config.sparsity_ratios:
-                curve = sparsity_curve(
-                    algorithm, buffers, training, config.sparsity_ratios, config.embedding_context,
-                    config.embedding_resamples, stream, seed,
-                )  # fmt: skip
+        found = _diagnostics(run, embeddings, config)
         progress.advance()
-    head = {
-        "algorithm": name,
-        "train_dataset": train,
-        "test_dataset": test,
-        "seed": seed,
-        "protocol": config.protocol,
-    }
+        curve = _learning_curve(run, snapshots, config.protocol, progress)
+    head = {"algorithm": name, "train_dataset": train, "test_dataset": test, "seed": seed, "protocol": config.protocol}
+    files: dict[str, int | None] = {EPISODES: len(run.rows), DIAGNOSTICS: None, CURVE: None}
     with atomic_dir(target) as folder:
-        write_table(folder / EPISODES, _episode_table(head, rows), head)
-        write_table(folder / EMBEDDINGS, _embedding_table(embeddings, tasks), head)
-        paths = _trajectory_table(last, tasks, config.trajectories)
+        write_table(folder / EPISODES, _episode_table(head, run.rows), head)
+        if embeddings is not None:
+            write_table(folder / EMBEDDINGS, _embedding_table(embeddings, tasks), head)
+            files[EMBEDDINGS] = embeddings.shape[0] * embeddings.shape[1]
+        paths = _trajectory_table(last, family, tasks, config.trajectories)
         write_table(folder / TRAJECTORIES, paths, head)
-        resampled = embeddings[training].astype(np.float64)
-        means = resampled.mean(axis=1)
-        several = len(means) > 1
-        write_json(
-            folder / DIAGNOSTICS,
-            {
-                "esr": esr(means) if several else None,
-                "rms": rms(means) if several else None,
-                "embedding_variance": embedding_variance(resampled),
-                "attention": attended,
-                "sparsity": curve,
-                "tasks": len(means),
-                "contexts": {
-                    "transitions": config.embedding_context,
-                    "resamples": config.embedding_resamples,
-                },
-            },
-        )
+        files[TRAJECTORIES] = paths.num_rows
+        if curve:
+            write_table(folder / LEARNING, _episode_table(head, curve), head)
+            files[LEARNING] = len(curve)
+        write_json(folder / DIAGNOSTICS, found)
         shutil.copyfile(model / CURVE, folder / CURVE)
         write_manifest(
             folder,
             kind="evaluation",
             inputs=inputs,
-            parameters={**head, "evaluate": config.resolved()},
-            files={
-                EPISODES: len(rows),
-                EMBEDDINGS: embeddings.shape[0] * embeddings.shape[1],
-                TRAJECTORIES: paths.num_rows,
-                DIAGNOSTICS: None,
-                CURVE: None,
-            },
+            parameters={**head, "evaluate": config.resolved() | settings.resolved()},
+            files=files,
             packages=("numpy", "pyarrow", "torch"),
         )
 
 
-def _features(folder: Path, buffers: TaskBuffers, family: Family) -> NDArray[np.float32]:
+def _learning_curve(run: Run, snapshots: Sequence[Path], name: str, progress: Progress) -> list[dict[str, Any]]:
+    """Return the counted episodes of every snapshot under the protocol, run once, with the gradient step beside."""
+    rows: list[dict[str, Any]] = []
+    for path in snapshots:
+        load_tensors(run.algorithm, path)
+        once = replace(run, quick=True, rows=[])
+        protocol(name).run(once)
+        step = int(path.stem.partition("=")[2])
+        rows += [{"step": step, **row} for row in once.rows if row["counted"]]
+        progress.advance()
+    return rows
+
+
+def _diagnostics(run: Run, embeddings: NDArray[np.float32] | None, config: EvaluateConfig) -> dict[str, Any]:
+    """Return what the papers measure of embeddings and attention; None where a method has no such thing."""
+    training, sparse = run.training(), run.family.returns == "sparse"
+    found: dict[str, Any] = dict.fromkeys(("esr", "rms", "embedding_variance", "attention", "sparsity"))
+    if embeddings is not None:
+        resampled = embeddings[training].astype(np.float64)
+        means = resampled.mean(axis=1)
+        found["embedding_variance"] = embedding_variance(resampled)
+        if len(means) > 1:
+            found |= {"esr": esr(means), "rms": rms(means)}
+    if sparse:
+        size, seed = config.embedding_context, run.seed
+        found["attention"] = attention(run.algorithm, run.data, training, size, run.stream, seed)
+        if config.sparsity_ratios and embeddings is not None and run.algorithm.context_draw(1).unit == "row":
+            found["sparsity"] = sparsity_curve(
+                run.algorithm, run.data, training, config.sparsity_ratios, size, config.embedding_resamples,
+                run.stream, seed,
+            )  # fmt: skip
+    contexts = {"transitions": config.embedding_context, "resamples": config.embedding_resamples}
+    return found | {"tasks": len(training), "contexts": contexts}
+
+
+def _features(folder: Path, buffers: TaskData, family: Family) -> NDArray[np.float32]:
     """Return what the reward function reads beside the buffers, [tasks, rows, width]."""
     if not family.feature_size:
         return np.zeros((len(buffers.tasks), buffers.rows, 0), dtype=np.float32)
@@ -154,7 +200,7 @@ def _features(folder: Path, buffers: TaskBuffers, family: Family) -> NDArray[np.
 
 
 def _episode_table(head: dict[str, Any], rows: list[dict[str, Any]]) -> pa.Table:
-    integers = ("task", "repetition", "episode", "context_transitions")
+    integers = ("task", "repetition", "episode", "context_transitions", "step", "env_steps")
     columns: dict[str, Any] = {
         key: pa.array([value] * len(rows), pa.int32() if key == "seed" else pa.string()) for key, value in head.items()
     }
@@ -181,16 +227,18 @@ def _embedding_table(embeddings: NDArray[np.float32], tasks: Sequence[dict[str, 
     )
 
 
-def _trajectory_table(last: dict[str, NDArray[Any]], tasks: Sequence[dict[str, Any]], count: int) -> pa.Table:
+def _trajectory_table(last: Episodes, family: Family, tasks: Sequence[dict[str, Any]], count: int) -> pa.Table:
     """Return the last episode of the first ``count`` test tasks; the start has step 0 and reward 0."""
     places = [i for i, t in enumerate(tasks) if t["split"] == "test"][:count]
-    steps = last["observation"].shape[1]
-    reward = np.concatenate([np.zeros((len(tasks), 1), np.float32), last["reward"]], axis=1)[places]
+    path = last.path()
+    steps = path.shape[1]
+    values = np.where(last.valid, last.sparse_reward if family.returns == "sparse" else last.reward, 0)
+    reward = np.concatenate([np.zeros((len(tasks), 1)), values], axis=1).astype(np.float32)[places]
     return pa.table(
         {
             "task": pa.array(np.repeat([tasks[i]["index"] for i in places], steps), pa.int32()),
             "step": pa.array(np.tile(np.arange(steps), len(places)), pa.int32()),
-            "observation": _vectors(last["observation"][places].reshape(-1, last["observation"].shape[-1])),
+            "observation": _vectors(path[places].reshape(-1, path.shape[-1])),
             "reward": pa.array(reward.reshape(-1), pa.float32()),
         }
     )
