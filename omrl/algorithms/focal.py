@@ -187,7 +187,7 @@ class Focal(MetaAlgorithm):
         z, kl = self._embed(batch.context.rows())
         loss, scalars = self.encoder_loss(z, kl, batch.tasks)
         scalars["z_rms"] = z.detach().square().mean().sqrt()
-        more = config.regularization.discriminator_steps - 1 if config.regularization.active else 0
+        more = config.regularization.further_batches
         extra = [batch.more() for _ in range(more)]
         if config.coupled:
             coupled = EncoderStep(self.encoder_optimizer, loss)

@@ -130,7 +130,7 @@ class Focalpp(Focal):
         self.encoder_optimizer.step()
         with torch.no_grad():  # Algorithm 1, line 23: after the encoder's step
             torch._foreach_lerp_(list(self.key.parameters()), list(self.encoder.parameters()), 1 - config.momentum)
-        more = config.regularization.discriminator_steps - 1 if config.regularization.active else 0
+        more = config.regularization.further_batches
         extra = [batch.more() for _ in range(more)]
         scalars = {"contrastive_loss": loss.detach(), "z_rms": z.detach().square().mean().sqrt()}
         return scalars | self.actor_critic.update(batch.transitions, z.detach(), extra)

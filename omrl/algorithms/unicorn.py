@@ -129,7 +129,7 @@ class Unicorn(Focal):
         scalars |= {"reconstruction_loss": reconstruction.detach(), "z_rms": z.detach().square().mean().sqrt()}
         loss = loss + self.unicorn.reconstruction_weight * reconstruction
         regularization = self.settings.regularization
-        extra = [batch.more() for _ in range(regularization.discriminator_steps - 1)] if regularization.active else []
+        extra = [batch.more() for _ in range(regularization.further_batches)]
         self.decoder_optimizer.zero_grad(set_to_none=True)
         if self.settings.coupled:
             coupled = EncoderStep(self.encoder_optimizer, loss)
