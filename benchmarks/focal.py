@@ -203,7 +203,9 @@ def main() -> None:
             found = rates(
                 {
                     "ours": mine,
-                    "regularized": ours(data, **sizes, regularization={"policy": True, "alpha": 50.0}),
+                    "regularized": ours(
+                        data, **sizes, regularization={"kind": "kl-dual", "policy": True, "alpha": 50.0}
+                    ),
                     "fast": with_kernels("fast", ours(data, **sizes)),
                     "reference": Reference(data, **sizes).step,
                 },

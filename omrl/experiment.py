@@ -227,12 +227,7 @@ def check(path: str | Path = FILE) -> list[str]:
         if entry.source not in dataset.levels:
             options = suggest(entry.source, dataset.levels)
             raise UserError(f"{key}.source = '{entry.source}': not one of dataset.levels; {options}")
-        if family.varies != "reward":
-            raise UserError(
-                f"{key}: tasks of '{top.env}' differ in their dynamics, so a transition of one is impossible in "
-                "another; expected 'relabel: {}'"
-            )
-        parse(type(family).CONFIG, {**family.config.resolved(), **entry.overrides()}, key)
+        family.relabelled(entry.env_config, key)
     known = [*dataset.levels, *values.relabel]
     for key, chosen in (("train", dataset.train), ("test", dataset.test)):
         for name in chosen:

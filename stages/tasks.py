@@ -10,12 +10,12 @@ from omrl.experiment import load
 def main() -> None:
     """Write data/tasks/all.json and one data/tasks/<shard>.json for each shard.
 
-    A shard's file holds nothing but its own tasks, so that adding tasks leaves it as it was.
+    A shard's file holds nothing but its own tasks, so that adding training tasks leaves those before as they were.
     """
     params = load("env", "env_config", "tasks", "shards")
-    family, total = params.family, params.tasks.total
+    family = params.family
     head = {"env": params.env, "spec": family.spec(), "seed": params.tasks.seed}
-    tasks = [family.sample(index, params.tasks.seed) for index in range(total)]
+    tasks = family.tasks(params.tasks.train, params.tasks.test, params.tasks.seed)
     with atomic_dir("data/tasks") as folder:
         rows = [
             {

@@ -25,7 +25,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "bc-gaussian": ("bc", {"likelihood": "gaussian"}),
     "unicorn": ("unicorn", {"decoder_width": 16}),
     "pearl": ("pearl", {}),
-    "pearl-regularized": ("pearl", {"regularization": {"policy": True, "alpha": 5.0}}),
+    "pearl-regularized": ("pearl", {"regularization": {"kind": "kl-dual", "policy": True, "alpha": 5.0}}),
     "bcq": ("bcq", {}),
     "bcq-bellman": ("bcq", {"encoder_by_vae": False}),
     "mbml": ("mbml", {"tasks": 3, "bcq_steps": 3, "ensemble_width": 16}),  # the fourth update distills

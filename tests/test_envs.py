@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 
@@ -19,6 +20,8 @@ from omrl.envs._point import PointConfig, sparsify
 from omrl.envs.base import Family, load_family
 
 FAMILIES = [name for name in registry.names("omrl.envs") if "point-robot" in name]
+EXTRA = pytest.mark.skipif(not importlib.util.find_spec("metaworld"), reason="needs 'make setup-metaworld'")
+ALL = [pytest.param(name, marks=EXTRA if name.startswith("metaworld-") else ()) for name in registry.names("omrl.envs")]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -47,6 +50,43 @@ def test_a_task_depends_on_seed_and_index_only(family):
     assert [family.sample(i, 7) for i in reversed(range(8))] == first[::-1]
     assert family.sample(3, 7) != family.sample(3, 8) or family.sample(4, 7) != family.sample(4, 8)
     assert len({str(task) for task in first}) == 8
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_how_many_tasks_train_does_not_change_the_test_tasks_and_the_reverse(name):
+    family = load_family(name, {"goals": 2} if name == "metaworld-ml45" else None)
+    train, test = (1, 2) if family.capacity == 4 else (5, 3)
+    tasks = family.tasks(train, test, 7)
+    more = family.tasks(train + 1, test, 7)
+    assert more[:train] == tasks[:train]
+    assert more[train + 1 :] == tasks[train:]
+    assert family.tasks(train, 1, 7) == tasks[: train + 1]
+    assert len(tasks) == train + test
+    if family.capacity is None:
+        assert len({str(task) for task in more}) == len(more)
+        assert family.tasks(train, test, 8)[train:] != tasks[train:]
+    else:
+        everything = [family.sample(i, 7) for i in range(family.capacity)]
+        for count in (1, family.first_test, family.capacity - 1):
+            taken = family.tasks(count, family.capacity - count, 7)
+            assert sorted(map(str, taken)) == sorted(map(str, everything))
+        # the published split
+        assert family.tasks(family.first_test, family.capacity - family.first_test, 7) == everything
+        with pytest.raises(UserError, match=rf"tasks\.train \+ tasks\.test = 2 \+ {family.capacity}: expected at most"):
+            family.tasks(2, family.capacity, 7)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_family_says_which_reward_inference_sees(name):
+    family = load_family(name)
+    # FOCAL and FOCAL++ feed sparse rewards to the encoder of their sparse families alone; SMAC's Sawyer has no other
+    assert family.inference_reward == ("sparse" if name.startswith(("sparse-", "sawyer-")) else "dense")
+    assert family.spec()["inference_reward"] == family.inference_reward
+
+
+def test_a_threshold_makes_inference_see_the_sparse_reward():
+    assert load_family("half-cheetah-dir", {"sparse_threshold": 6.0}).inference_reward == "sparse"
+    assert load_family("sparse-cheetah-dir", {"sparse_threshold": None}).inference_reward == "dense"
 
 
 def test_an_index_out_of_range_is_a_user_error(family):
@@ -268,6 +308,63 @@ def test_where_episodes_start(name):
         assert abs(np.corrcoef(starts.T)[0, 1]) < 0.1
     else:
         assert not starts.any()
+
+
+def test_borels_point_robot():
+    config = {"horizon": 60, "start": "half-plane", "sparse_reward": "indicator"}
+    family = load_family("sparse-point-robot", config)
+    starts = family.batch([family.sample(0, 0)], 2000).reset(streams(2000))
+    assert starts.min(0) == pytest.approx([-1.5, -0.5], abs=0.02)
+    assert starts.max(0) == pytest.approx([1.5, 1.5], abs=0.02)
+    assert starts.mean(0) == pytest.approx([0, 0.5], abs=0.08)
+    assert family.horizon == family.spec()["horizon"] == family.make(family.sample(0, 0)).spec.max_episode_steps == 60
+    points = np.array([[0.85, 0.0], [0.75, 0.0]], np.float32)
+    dense, sparse = family.reward({"goal": [1.0, 0.0]}, points, points, points, points[:, :0])
+    assert dense == pytest.approx([-0.15, -0.25])
+    assert sparse.tolist() == [1.0, 0.0]
+    # every start is within 1.6 + 10 pushes of the disc: what is missing to 60 is the way, on average
+    task = {"goal": [1.0, 0.0]}
+    rng = np.random.default_rng(0)
+    place = rng.uniform([-1.5, -0.5], [1.5, 1.5], (100_000, 2))
+    total = 0.0
+    for _ in range(60):
+        place = place + np.clip(np.array(task["goal"]) - place, -0.1, 0.1)
+        total += (np.linalg.norm(place - task["goal"], axis=1) <= 0.2).mean()
+    assert family.oracle_return(task) == pytest.approx(total, abs=0.1)
+    assert 0 < family.random_return(task) < 3
+    assert family.restated() is None
+
+
+def test_starts_of_a_point_robot_can_be_fixed():
+    family = load_family("point-robot", {"start": "origin"})
+    assert not family.batch([family.sample(0, 0)], 5).reset(streams(5)).any()
+    assert family.controlled_return({"goal": [0.1, 0.0]}, (0.0, 0.0)) == 0
+
+
+def test_the_two_published_forms_of_the_sparse_return():
+    family = load_family("sparse-point-robot")
+    other = family.restated()
+    assert (family.reward_form, other.reward_form) == ("1 - d", "Eq. 35")
+    assert other.restated().config == family.config
+    assert load_family("sparse-point-robot", {"sparse_reward": "eq35", "radius": 2.0}).restated() is None
+    assert load_family("point-robot").restated() is None
+    assert load_family("half-cheetah-dir").restated() is None
+
+
+def test_relabelling_may_change_what_the_family_allows():
+    family = load_family("sparse-point-robot")
+    assert family.relabelled({"radius": 0.5}, "x").config.resolved() == {**family.config.resolved(), "radius": 0.5}
+    assert family.relabelled({}, "x").config == family.config
+    with pytest.raises(
+        UserError, match=r"^x\.env_config\.horizon: relabelling changes rewards alone; expected radius, "
+    ):
+        family.relabelled({"horizon": 3}, "x")
+    with pytest.raises(UserError, match=r"^x\.env_config\.radius = 0: expected greater than 0"):
+        family.relabelled({"radius": 0}, "x")
+    with pytest.raises(UserError, match=r"^x: tasks of 'point-robot-wind' differ in their dynamics"):
+        load_family("point-robot-wind").relabelled({}, "x")
+    with pytest.raises(UserError, match=r"env_config\.torso: .*expected sparse_threshold"):
+        load_family("half-cheetah-vel").relabelled({"torso": 1}, "x")
 
 
 def test_point_robot_bounds_against_an_independent_mean_over_starts():

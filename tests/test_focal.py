@@ -25,7 +25,7 @@ SMALL = {
     "latent_dim": 3, "encoder_width": 16, "encoder_depth": 2, "width": 16, "depth": 2,
     "meta_batch": 4, "rl_batch": 8, "context_batch": 12,
 }  # fmt: skip
-BOTH_PENALTIES = {"regularization": {"policy": True, "value_penalty": True, "alpha": 2.0}}
+BOTH_PENALTIES = {"regularization": {"kind": "kl-dual", "policy": True, "value_penalty": True, "alpha": 2.0}}
 
 
 def source(seed: int) -> torch.Generator:
@@ -266,7 +266,14 @@ ARMS = {
     "regularized": BOTH_PENALTIES,
     "coupled, regularized, gradient penalty": {
         "coupled": True,
-        "regularization": {"policy": True, "alpha": 2.0, "penalty": "gradient", "next_state": True},
+        "regularization": {
+            "kind": "kl-dual",
+            "policy": True,
+            "alpha": 2.0,
+            "value_penalty": True,
+            "penalty": "gradient",
+            "next_state": True,
+        },
     },
 }
 

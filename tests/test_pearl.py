@@ -25,7 +25,7 @@ SMALL = {
     "latent_dim": 3, "encoder_width": 16, "encoder_depth": 2, "width": 16, "depth": 2,
     "meta_batch": 4, "rl_batch": 8, "context_batch": 12,
 }  # fmt: skip
-REGULARIZED = {"regularization": {"policy": True, "value_penalty": True, "alpha": 2.0}}
+REGULARIZED = {"regularization": {"kind": "kl-dual", "policy": True, "value_penalty": True, "alpha": 2.0}}
 
 
 def make(seed: int = 0, **values: Any) -> Pearl:

@@ -32,9 +32,9 @@ REWARD_FAMILIES = [
 ROWS, HORIZON = 60, 20
 
 
-def merged_of(parts, rows, rng_of):
+def merged_of(parts, rows, rng_of, unit="row"):
     tasks = sorted(parts)
-    return merge(tasks, [len(parts[t]["task"]) for t in tasks], (parts[t] for t in tasks), rows, rng_of)
+    return merge(tasks, [len(parts[t]["task"]) for t in tasks], (parts[t] for t in tasks), rows, rng_of, unit)
 
 
 def collect(name: str, task: int, rows: int = ROWS, config: dict | None = None) -> dict[str, np.ndarray]:
@@ -156,6 +156,25 @@ def test_a_merged_set_loses_and_doubles_nothing(lengths, share, seed):
     assert max(counts) - min(counts) <= 1
 
 
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 2 * ROWS), seed=st.integers(0, 5))
+def test_whole_episodes_keep_their_order_and_only_the_last_of_a_source_is_cut(rows, seed):
+    parts = {task: collect("sparse-point-robot", task) for task in (0, 1)}
+    rows = min(rows, 2 * ROWS)
+    merged = merged_of(parts, rows, merge_stream(seed, "toy", "relabelled"), "episode")
+    assert len(merged["task"]) == rows
+    for task in parts:
+        own = merged["source_task"] == task
+        episodes = merged["episode"][own]
+        cut = 0
+        for episode in np.unique(episodes):
+            steps = merged["step"][own][episodes == episode].tolist()
+            assert steps == list(range(len(steps)))  # from the first step on, in order
+            cut += len(steps) < HORIZON
+        assert cut <= 1
+        assert abs(int(own.sum()) - rows / 2) <= 0.5
+
+
 def test_the_whole_support_is_every_row_once():
     parts = {task: collect("sparse-point-robot", task, 40) for task in (0, 1, 2)}
     merged = merged_of(parts, 120, merge_stream(0, "toy", "relabelled"))
@@ -186,10 +205,10 @@ def test_a_source_with_too_few_rows_is_told():
     ("values", "message"),
     [
         ({}, r"source: missing"),
-        ({"source": "mixed", "radius": 0}, r"radius = 0: expected greater than 0"),
-        ({"source": "mixed", "radius": "wide"}, r"radius = 'wide'"),
-        ({"source": "mixed", "sparse_reward": "eq36"}, r"sparse_reward = 'eq36'"),
-        ({"source": "mixed", "radios": 1.0}, r"radios: unknown key; did you mean 'radius'"),
+        ({"source": "mixed", "unit": "rows"}, r"unit = 'rows': expected 'row' or 'episode'"),
+        ({"source": "mixed", "tasks": "test"}, r"tasks = 'test': expected 'all' or 'train'"),
+        ({"source": "mixed", "env_config": 1}, r"env_config = 1"),
+        ({"source": "mixed", "unti": "row"}, r"unti: unknown key; did you mean 'unit'"),
     ],
 )
 def test_a_mistake_in_the_definition_is_named(values, message):
@@ -203,7 +222,7 @@ def prepare(folder, name: str = "sparse-point-robot", tasks: int = 5) -> None:
     rows = [
         {
             "index": i,
-            "split": "train",
+            "split": "test" if i == tasks - 1 else "train",
             "parameters": family.sample(i, 1337),
             "oracle_return": 1.0,
             "random_return": 0.0,
@@ -243,7 +262,7 @@ def place(tmp_path, monkeypatch):
 
 def test_every_task_of_the_set_has_the_identical_transitions(place, tmp_path):
     prepare(tmp_path)
-    build(radius=0.5)
+    build(env_config={"radius": 0.5})
     sets = [parquet.read_transitions(place / f"task={i:03d}.parquet") for i in range(5)]
     family = load_family("sparse-point-robot", {"radius": 0.5})
     kept = set(sets[0]) - {"task", "reward", "sparse_reward"}
@@ -261,9 +280,36 @@ def test_every_task_of_the_set_has_the_identical_transitions(place, tmp_path):
     assert len(np.unique(rewards, axis=0)) == 5
 
 
+def test_a_set_of_whole_episodes_of_the_training_tasks_alone(place, tmp_path):
+    prepare(tmp_path)
+    build(unit="episode", tasks="train", rows=40)
+    sets = [parquet.read_transitions(place / f"task={i:03d}.parquet") for i in range(5)]
+    for columns in sets:
+        assert set(columns["source_task"].tolist()) == {0, 1, 2, 3}  # task 4 is for testing
+        assert same({"step": columns["step"]}, {"step": sets[0]["step"]})
+    stored = {task: collect("sparse-point-robot", task) for task in range(4)}
+    for task in range(4):
+        own = sets[4]["source_task"] == task
+        assert sets[4]["step"][own].tolist() == list(range(10))
+        # the next row's observation is this row's next observation: an episode as it was
+        observation, following = sets[4]["observation"][own], sets[4]["next_observation"][own]
+        assert np.array_equal(observation[1:], following[:-1])
+        episode = int(sets[4]["episode"][own][0])
+        assert np.array_equal(observation, stored[task]["observation"][stored[task]["episode"] == episode][:10])
+    footer = parquet.read_footer(place / "task=004.parquet")
+    assert set(footer["checkpoints_of_source_tasks"]) == {"0", "1", "2", "3"}
+
+
+def test_what_relabelling_cannot_change_is_refused(place, tmp_path):
+    prepare(tmp_path)
+    with pytest.raises(UserError, match=r"^params\.yaml: relabel\.relabelled\.env_config\.horizon: .*expected radius"):
+        build(env_config={"horizon": 30})
+    assert not place.exists()
+
+
 def test_rows_of_the_own_task_keep_the_stored_dense_reward(place, tmp_path):
     prepare(tmp_path)
-    build(radius=0.5)
+    build(env_config={"radius": 0.5})
     for i in range(5):
         found = parquet.read_transitions(place / f"task={i:03d}.parquet")
         stored = collect("sparse-point-robot", i)

@@ -32,7 +32,7 @@ SMALL = {
     "latent_dim": 2, "encoder_width": 8, "encoder_depth": 1, "width": 8, "depth": 1,
     "meta_batch": 4, "rl_batch": 6, "context_batch": 5,
 }  # fmt: skip
-PENALTIES = {"regularization": {"policy": True, "alpha": 1.0}}
+PENALTIES = {"regularization": {"kind": "kl-dual", "policy": True, "alpha": 1.0}}
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ SMALL = {
     "decoder_depth": 2, "meta_batch": 4, "rl_batch": 8, "context_batch": 12,
 }  # fmt: skip
 OF_THE_DECODER = ("decoder_width", "decoder_depth")
-REGULARIZED = {"regularization": {"policy": True, "value_penalty": True, "alpha": 2.0}}
+REGULARIZED = {"regularization": {"kind": "kl-dual", "policy": True, "value_penalty": True, "alpha": 2.0}}
 
 
 def make(with_next: bool = False, seed: int = 0, **values: Any) -> Unicorn:

@@ -159,8 +159,8 @@ class Focal(ContextAlgorithm):
         draws = {"transitions": Draw(config.rl_batch)}
         if not config.context_is_rl_batch:
             draws["context"] = Draw(config.context_batch, source="context")
-        more = config.regularization.discriminator_steps - 1 if config.regularization.active else 0
-        return draws | {f"more{i}": Draw(config.rl_batch) for i in range(more)}
+        further = range(config.regularization.further_batches)
+        return draws | {f"more{i}": Draw(config.rl_batch) for i in further}
 
     def phases(self, steps: int) -> list[Phase]:
         """Return one phase."""

@@ -10,8 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omrl.behavior.rollouts import EPISODES
-from omrl.core.config import parse
-from omrl.core.errors import UserError
 from omrl.core.files import atomic_dir, input_hashes, read_json, read_manifest, sha256, write_json, write_manifest
 from omrl.core.progress import Progress
 from omrl.data import quality, relabel
@@ -135,7 +133,7 @@ def build_relabelled(
         name: of the set.
         config: its definition.
         rows: transitions per task.
-        family: environment; the set's radius and form of the sparse reward replace its own.
+        family: environment; what the set defines replaces parts of its configuration.
         seed: root seed.
         code: fingerprint files this depends on.
         target: ``data/datasets/<name>``.
@@ -143,27 +141,9 @@ def build_relabelled(
     Raises:
         UserError: tasks differ in their dynamics, the source is too small or damaged.
     """
-    if family.varies != "reward":
-        raise UserError(
-            f"params.yaml: relabel.{name}: tasks of '{family.name}' differ in their dynamics, so a transition of "
-            "one is impossible in another; expected 'relabel: {}'"
-        )
-    own = type(family)(
-        parse(family.CONFIG, {**family.config.resolved(), **config.overrides()}, f"params.yaml: relabel.{name}")
-    )
+    own = family.relabelled(config.env_config, f"params.yaml: relabel.{name}")
     tasks = read_json("data/tasks/all.json")["tasks"]
-    source = Path("data/datasets") / config.source
-    paths = verified(source, [task_file(t["index"]) for t in tasks])
-    indices = [t["index"] for t in tasks]
-    available = [read_manifest(source)["files"][path.name]["rows"] for path in paths]
-    merged = relabel.merge(
-        indices,
-        available,
-        (read_transitions(path) for path in paths),  # one at a time in memory
-        rows,
-        relabel.merge_stream(seed, family.name, name),
-    )
-    checkpoints = {str(t["index"]): read_footer(path)["checkpoints"] for t, path in zip(tasks, paths, strict=True)}
+    merged, checkpoints = _merged(name, config, rows, family, seed, tasks)
     card = CardBuilder(name, "relabelled", config.resolved())
     with atomic_dir(target) as folder, Progress(len(tasks), f"relabel {name}", "tasks") as progress:
         for t in tasks:
@@ -180,7 +160,7 @@ def build_relabelled(
         _publish(
             folder,
             kind="relabelled",
-            inputs=input_hashes("data/tasks/all.json", source, *code),
+            inputs=input_hashes("data/tasks/all.json", f"data/datasets/{config.source}", *code),
             parameters={
                 "name": name,
                 "relabel": config.resolved(),
@@ -191,6 +171,25 @@ def build_relabelled(
             rows=rows,
             card=card,
         )
+
+
+def _merged(
+    name: str, config: relabel.RelabelConfig, rows: int, family: Family, seed: int, tasks: list[dict[str, Any]]
+) -> tuple[Columns, dict[str, dict[str, str]]]:
+    """Return the merged transitions of a set, and source task -> checkpoint -> hash."""
+    sources = [t["index"] for t in tasks if config.tasks == "all" or t["split"] == "train"]
+    folder = Path("data/datasets") / config.source
+    paths = verified(folder, [task_file(task) for task in sources])
+    files = read_manifest(folder)["files"]
+    merged = relabel.merge(
+        sources,
+        [files[path.name]["rows"] for path in paths],
+        (read_transitions(path) for path in paths),  # one at a time in memory
+        rows,
+        relabel.merge_stream(seed, family.name, name),
+        config.unit,
+    )
+    return merged, {str(task): read_footer(path)["checkpoints"] for task, path in zip(sources, paths, strict=True)}
 
 
 def _without_version(footer: dict[str, Any]) -> dict[str, Any]:

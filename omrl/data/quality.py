@@ -199,18 +199,31 @@ def select(
             "raise rollouts.episodes_per_checkpoint or lower it"
         )
     index = np.flatnonzero(usable)
-    checkpoint, episode = columns["checkpoint"][index], columns["episode"][index]
+    return take(columns, index[draw_episodes(columns["checkpoint"][index], columns["episode"][index], rows, rng)])
+
+
+def draw_episodes(
+    checkpoint: NDArray[Any], episode: NDArray[Any], rows: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Return the places of ``rows`` transitions that make whole episodes, rising; the last one drawn is cut.
+
+    Args:
+        checkpoint: [N], sorted by (checkpoint, episode).
+        episode: [N].
+        rows: at most N.
+        rng: draws the episodes, in turn over the checkpoints.
+    """
     starts = np.flatnonzero(np.r_[True, (checkpoint[1:] != checkpoint[:-1]) | (episode[1:] != episode[:-1])])
-    lengths = np.diff(np.r_[starts, len(index)])
-    chosen: list[NDArray[np.int64]] = []
+    lengths = np.diff(np.r_[starts, len(checkpoint)])
+    chosen = [np.zeros(0, dtype=np.int64)]
     missing = rows
     for place in _in_turn(checkpoint[starts], rng):
-        take_rows = min(int(lengths[place]), missing)
-        chosen.append(index[starts[place] : starts[place] + take_rows])
-        missing -= take_rows
         if not missing:
             break
-    return take(columns, np.sort(np.concatenate(chosen)))
+        taken = min(int(lengths[place]), missing)
+        chosen.append(np.arange(starts[place], starts[place] + taken))
+        missing -= taken
+    return np.sort(np.concatenate(chosen))
 
 
 def _in_turn(checkpoints: NDArray[Any], rng: np.random.Generator) -> NDArray[np.int64]:

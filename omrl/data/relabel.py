@@ -4,21 +4,21 @@ FOCAL++ App. D.2, Figs 5a and 7: merge the (s, a, s') of all tasks, recompute th
 for every task, sparsify. Afterwards all tasks have the identical distribution of (s, a, s') and only rewards
 tell them apart. The paper does not give the set's size; here the merged transitions are subsampled once, the
 same number from every source task, and that one sample is relabelled for every task. The actor-critic's
-dense rewards are relabelled too.
+dense rewards are relabelled too. BOReL relabels whole episodes, so that a belief can be carried through them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from omrl.core import seeding
 from omrl.core.config import Config
 from omrl.core.errors import UserError
+from omrl.data.quality import draw_episodes
 from omrl.data.schema import Columns, concatenate, sort, take
 
 # (task parameters, observation, action, next_observation, features) -> (dense, sparse)
@@ -30,18 +30,18 @@ class RelabelConfig(Config):
 
     Attributes:
         source: the quality level whose transitions are merged.
-        radius: of the reward disc in this set; None for the environment's. FOCAL++ Table 5 has 0.5.
-        sparse_reward: form of the sparse reward in this set; None for the environment's.
+        unit: ``row``, transitions are drawn one by one (FOCAL++); ``episode``, whole episodes, so that methods that
+            read them in order can use the set (the last episode of every source task is cut to its share).
+        tasks: whose transitions are merged: ``all``, or ``train``, the training tasks alone, so that a test task's
+            own data are in no set.
+        env_config: what differs from the environment's ``env_config`` in this set, of the keys that the family's
+            ``relabel_overrides`` names: FOCAL++ Table 5 has a radius of 0.5 for point robots.
     """
 
     source: str
-    radius: Annotated[float, Field(gt=0)] | None = None
-    sparse_reward: Literal["one-minus-distance", "eq35"] | None = None
-
-    def overrides(self) -> dict[str, Any]:
-        """Return what differs from the environment's configuration."""
-        chosen = {"radius": self.radius, "sparse_reward": self.sparse_reward}
-        return {key: value for key, value in chosen.items() if value is not None}
+    unit: Literal["row", "episode"] = "row"
+    tasks: Literal["all", "train"] = "all"
+    env_config: dict[str, Any] = {}
 
 
 def relabel_rows(columns: Columns, task: int, parameters: dict[str, Any], reward: Reward) -> Columns:
@@ -83,8 +83,9 @@ def merge(
     parts: Iterable[Columns],
     rows: int,
     rng_of: Callable[[str | int], np.random.Generator],
+    unit: Literal["row", "episode"] = "row",
 ) -> Columns:
-    """Return ``rows`` transitions of the merged support of all tasks, without favoring any.
+    """Return ``rows`` transitions of the merged support of some tasks, without favoring any.
 
     Args:
         tasks: source tasks, rising.
@@ -92,6 +93,7 @@ def merge(
         parts: the transitions of each, in the same order; taken one after the other.
         rows: size of the set.
         rng_of: name -> stream; ``"quota"`` and every source task have their own.
+        unit: what is drawn, see ``RelabelConfig``.
 
     Returns:
         Columns ordered by (source_task, checkpoint, episode, step); no transition twice.
@@ -99,7 +101,12 @@ def merge(
     share = quotas(len(tasks), rows, np.array(available), rng_of("quota"))
     chosen = []
     for task, count, part in zip(tasks, share, parts, strict=True):
-        chosen.append(take(part, np.sort(rng_of(task).permutation(len(part["task"]))[:count])))
+        rng = rng_of(task)
+        if unit == "episode":
+            places = draw_episodes(part["checkpoint"], part["episode"], int(count), rng)
+        else:
+            places = np.sort(rng.permutation(len(part["task"]))[:count])
+        chosen.append(take(part, places))
     return sort(concatenate(chosen))
 
 

@@ -172,6 +172,7 @@ class MetaworldFamily(Family):
     action_size = 4
     horizon = 500
     returns = "dense"
+    inference_reward = "dense"  # the benchmark's own reward; the sparse one is its success
     floor_episodes: ClassVar[int]  # random episodes behind the random floor
 
     def __init__(self, config: Config) -> None:

@@ -293,10 +293,14 @@ class MujocoFamily(Family):
     returns = "dense"
     context_next_observation = False
     renders = True
+    relabel_overrides = ("sparse_threshold",)
     capacity: int | None = None
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        # FOCAL++ feeds Eq. 35 to the encoder of its sparse families; SMAC's Sawyer has no other reward
+        sparse = self.returns == "sparse" or self.physics_config.sparse_threshold is not None
+        self.inference_reward = "sparse" if sparse else "dense"
         self._motions: tuple[NDArray[np.bool_], Array, Array] | None = None
 
     @property

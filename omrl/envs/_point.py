@@ -23,21 +23,33 @@ from omrl.envs.base import Array, BatchEnv, Family, StepResult, Task
 STEP = np.float32(0.1)  # length of a full action along an axis, in units of the plane
 _ROLLOUTS = 4096  # random rollouts behind the random floor
 _GRID = 32  # starts along an axis behind the controllers' average over random starts
+STARTS = {  # corners of the boxes that episodes start in, in units of the plane
+    "square": ((-1.0, -1.0), (1.0, 1.0)),
+    "half-plane": ((-1.5, -0.5), (1.5, 1.5)),
+}
+# what the papers call the two forms of the sparse reward that FOCAL++ mixes
+FORMS = {"one-minus-distance": "1 - d", "eq35": "Eq. 35"}
 
 
 class PointConfig(Config):
-    """Reward of the point robots.
+    """Reward, starts and length of an episode of the point robots.
 
     Attributes:
         sparse_reward: with d the distance to the goal and R the radius,
             ``one-minus-distance``: 1 - d inside the disc, else 0 (FOCAL App. D.2). FOCAL++ Table 1's 12.96 is
             possible only under this one: the oracle has 13.375, under Eq. 35 only 12.475.
             ``eq35``: (R - d)/R inside the disc, else 0 (FOCAL++ Eq. 35 with threshold -R).
+            ``indicator``: 1 inside the disc, else 0 (BOReL's stepping; its relabelling had -d inside).
         radius: R, in units of the plane: 0.2 in FOCAL Table 4, 0.5 for the relabelled set (FOCAL++ Table 5).
+        horizon: steps of a test episode: 20 in PEARL, FOCAL and FOCAL++, 60 in BOReL.
+        start: where episodes start: ``origin``; ``square``, uniformly on [-1, 1]^2 (PEARL's Point-Robot);
+            ``half-plane``, uniformly on [-1.5, 1.5] x [-0.5, 1.5] (BOReL, in its data and its evaluation).
     """
 
-    sparse_reward: Literal["one-minus-distance", "eq35"] = "one-minus-distance"
+    sparse_reward: Literal["one-minus-distance", "eq35", "indicator"] = "one-minus-distance"
     radius: Annotated[float, Field(gt=0, le=10)] = 0.2
+    horizon: Annotated[int, Field(ge=1, le=10_000)] = 20
+    start: Literal["origin", "square", "half-plane"] = "origin"
 
     @model_validator(mode="after")
     def _rewarding(self) -> Self:
@@ -59,6 +71,8 @@ def sparsify(dense: Array, config: PointConfig) -> Array:
     radius = np.float32(config.radius)
     if config.sparse_reward == "eq35":
         value = (radius - distance) / radius
+    elif config.sparse_reward == "indicator":
+        value = np.ones_like(distance)
     else:
         value = np.float32(1.0) - distance
     return np.where(distance <= radius, value, np.float32(0.0)).astype(np.float32)
@@ -94,7 +108,7 @@ class PointBatch(BatchEnv):
 
     def __init__(self, family: PointFamily, tasks: Sequence[Task], copies: int) -> None:
         self._config = family.point
-        self._random_start = family.random_start
+        self._start = family.point.start
         self._goal = np.repeat(np.array([t["goal"] for t in tasks], dtype=np.float32), copies, axis=0)
         wind = np.array([t.get("wind", (0.0, 0.0)) for t in tasks], dtype=np.float32)
         self._wind = np.repeat(wind, copies, axis=0)
@@ -104,13 +118,13 @@ class PointBatch(BatchEnv):
         """Put every copy, or those of ``rows``, at its start: the origin, or a draw from its stream."""
         chosen = np.arange(len(self.observation)) if rows is None else rows
         self.observation = self.observation.copy()
-        if not self._random_start:
+        if self._start == "origin":
             self.observation[chosen] = 0.0
             return self.observation
         if rngs is None or len(rngs) != len(chosen):
             raise ValueError("starts are random here: reset needs one generator per copy")
         for row, rng in zip(chosen, rngs, strict=True):
-            self.observation[row] = draw_start(rng)
+            self.observation[row] = draw_start(rng, self._start)
         return self.observation
 
     def step(self, actions: Array) -> StepResult:
@@ -134,9 +148,10 @@ class PointBatch(BatchEnv):
         )
 
 
-def draw_start(rng: np.random.Generator) -> Array:
-    """Return a start on [-1, 1]^2."""
-    return rng.uniform(-1.0, 1.0, 2).astype(np.float32)
+def draw_start(rng: np.random.Generator, start: str) -> Array:
+    """Return a place in the box ``start`` of ``STARTS``, float32 [2]."""
+    low, high = STARTS[start]
+    return rng.uniform(low, high).astype(np.float32)
 
 
 class PointEnv(gymnasium.Env[Any, Any]):
@@ -171,11 +186,17 @@ class PointFamily(Family):
     observation_size = 2
     action_size = 2
     horizon = 20
-    random_start: ClassVar[bool] = False
     varies = "reward"
     returns = "dense"
+    inference_reward = "dense"  # where the papers' goal is sparse, the family says so
     context_next_observation = False
     capacity: int | None = None
+    relabel_overrides = ("radius", "sparse_reward")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.horizon = self.point.horizon
+        self.reward_form = FORMS.get(self.point.sparse_reward, "") if self.returns == "sparse" else ""
 
     @property
     def point(self) -> PointConfig:
@@ -195,12 +216,25 @@ class PointFamily(Family):
         """Return ``len(tasks) * copies`` robots that step together, on one thread."""
         return PointBatch(self, tasks, copies)
 
+    def restated(self) -> Self | None:
+        """Return the family with the other of FOCAL++'s forms of the sparse reward, where that is what is reported.
+
+        FOCAL++ mixes the two: it defines Eq. 35 and prints returns that only 1 - d allows.
+        """
+        if not self.reward_form:
+            return None
+        other = next(form for form in FORMS if form != self.point.sparse_reward)
+        if other == "one-minus-distance" and self.point.radius > 1:  # 1 - d is negative inside such a disc
+            return None
+        return type(self)(type(self).CONFIG(**{**self.config.resolved(), "sparse_reward": other}))
+
     def _starts(self) -> Array:
         """Return the starts that a controller's return is averaged over, float32 [S, 2]."""
-        if not self.random_start:
+        if self.point.start == "origin":
             return np.zeros((1, 2), dtype=np.float32)
-        centers = (np.arange(_GRID, dtype=np.float32) + 0.5) * (2 / _GRID) - 1
-        x, y = np.meshgrid(centers, centers)
+        centers = (np.arange(_GRID, dtype=np.float32) + 0.5) / _GRID
+        low, high = STARTS[self.point.start]
+        x, y = np.meshgrid(*(a + (b - a) * centers for a, b in zip(low, high, strict=True)))
         return np.stack([x.ravel(), y.ravel()], axis=1).astype(np.float32)
 
     def controlled_return(self, task: Task, believed_wind: Sequence[float], horizon: int | None = None) -> float:
@@ -208,7 +242,7 @@ class PointFamily(Family):
 
         It moves along each axis as far as it can towards the goal. With the true wind that is optimal: it
         minimizes |dx| and |dy| at every step. Where starts are random, the mean over the
-        centers of a 32 x 32 grid on [-1, 1]^2, which is within 0.004 of the mean over all starts.
+        centers of a 32 x 32 grid, which for dense rewards is within 0.004 of the mean over all starts.
         """
         starts = self._starts()
         env = self.batch([task], len(starts))
@@ -230,7 +264,7 @@ class PointFamily(Family):
         rng = seeding.generator(0, self.name, "random floor")
         env = self.batch([task], _ROLLOUTS)
         starts = (seeding.generator(0, self.name, "random start", i) for i in range(_ROLLOUTS))
-        env.reset(list(starts) if self.random_start else None)
+        env.reset(list(starts) if self.point.start != "origin" else None)
         total = np.zeros(_ROLLOUTS)
         for _ in range(self.horizon):
             result = env.step(rng.uniform(-1.0, 1.0, (_ROLLOUTS, 2)).astype(np.float32))

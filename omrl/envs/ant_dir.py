@@ -21,6 +21,8 @@ from omrl.envs._mujoco import MujocoEnv
 from omrl.envs._point import legacy_uniform
 from omrl.envs.base import Task
 
+_TRAINING = 100  # of SMAC's list
+
 
 class AntDirConfig(AntConfig):
     """Ant-Dir.
@@ -42,7 +44,7 @@ class AntDir(AntRun):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._list: Any = getattr(config, "task_list", "smac")
-        self.capacity = LEGACY_DRAWS if self._list == "smac" else None
+        self.capacity, self.first_test = (LEGACY_DRAWS, _TRAINING) if self._list == "smac" else (None, None)
 
     def sample(self, index: int, seed: int) -> Task:
         """Return the angle at place ``index`` of the list, in rad."""

@@ -28,6 +28,7 @@ class AntDir2(AntRun):
     name = "ant-dir-2"
     env_id = "OMRL/AntDir2-v0"
     capacity = 2 * len(ANGLES)
+    first_test = len(ANGLES)
 
     def sample(self, index: int, seed: int) -> Task:
         """Return the direction of ``index``: forward for even, backward for odd."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self
 
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import register
 from numpy.typing import NDArray
 
-from omrl.core import registry
+from omrl.core import registry, seeding
 from omrl.core.config import Config, parse
 from omrl.core.errors import UserError
 
@@ -73,12 +73,18 @@ class Family(abc.ABC):
     observation_size: int  # of the class, or of the instance where the configuration chooses
     action_size: ClassVar[int]
     feature_size: ClassVar[int] = 0
-    horizon: ClassVar[int]  # steps of a test episode
+    horizon: int  # steps of a test episode; of the class, or of the instance
     varies: ClassVar[str]  # "reward" or "dynamics": what tasks differ in
     returns: ClassVar[str]  # "dense" or "sparse": the return that the papers report
+    # The reward that task inference sees; the actor-critic always has the dense one. Sparse where a paper feeds that
+    # (FOCAL App. D.2 and FOCAL++ Eq. 35 for their sparse families), else dense. Of the class, or of the instance.
+    inference_reward: Literal["dense", "sparse"]
     context_next_observation: ClassVar[bool]  # does the context encoder see s'?
     renders: ClassVar[bool] = False  # is there a simulator to look into?
     capacity: int | None  # how many tasks there are; None: no limit
+    first_test: int | None = None  # place of the first task that the published split of a list tests on; None: its end
+    relabel_overrides: ClassVar[tuple[str, ...]] = ()  # keys of its configuration that a relabelled set may replace
+    reward_form: str = ""  # what the papers call this form of the reported reward, where they publish several
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -90,6 +96,29 @@ class Family(abc.ABC):
         Raises:
             UserError: the family has no such task.
         """
+
+    def tasks(self, train: int, test: int, seed: int) -> list[Task]:
+        """Return ``train`` training tasks, then ``test`` test tasks; how many of one changes none of the other.
+
+        Drawn tasks have a stream for training and one for testing, both by ``seed``. A list of ``capacity``
+        tasks is taken from its two ends: training tasks are places 0, 1, ..., test tasks the places from
+        ``first_test``, so that the published counts give the published split. Whoever asks for more training
+        tasks gets the list's last places next; for more test tasks, the places before ``first_test``.
+
+        Raises:
+            UserError: the family has fewer tasks.
+        """
+        if self.capacity is None:
+            held_out = seeding.integer(seed, "test tasks")
+            return [self.sample(i, seed) for i in range(train)] + [self.sample(i, held_out) for i in range(test)]
+        if train + test > self.capacity:
+            raise UserError(
+                f"tasks.train + tasks.test = {train} + {test}: expected at most {self.capacity}, the number of tasks "
+                f"'{self.name}' has"
+            )
+        first = self.capacity if self.first_test is None else self.first_test
+        places = [*range(first), *reversed(range(first, self.capacity))]
+        return [self.sample(i, seed) for i in [*places[:train], *reversed(places[-test:] if test else [])]]
 
     @abc.abstractmethod
     def reward(
@@ -143,7 +172,36 @@ class Family(abc.ABC):
             "horizon": self.horizon,
             "varies": self.varies,
             "returns": self.returns,
+            "inference_reward": self.inference_reward,
         }
+
+    def restated(self) -> Family | None:
+        """Return the family with the other published form of the reported reward, None where there is one form.
+
+        Both say in ``reward_form`` which they have.
+        """
+        return None
+
+    def relabelled(self, overrides: dict[str, Any], where: str) -> Self:
+        """Return the family whose rewards a relabelled set carries.
+
+        Args:
+            overrides: of its configuration.
+            where: prefix of messages, ``"params.yaml: relabel.<name>"``.
+
+        Raises:
+            UserError: tasks differ in their dynamics, a key that relabelling cannot change, a value without meaning.
+        """
+        if self.varies != "reward":
+            raise UserError(
+                f"{where}: tasks of '{self.name}' differ in their dynamics, so a transition of one is impossible in "
+                "another; expected 'relabel: {}'"
+            )
+        for key in overrides:
+            if key not in self.relabel_overrides:
+                known = ", ".join(self.relabel_overrides) or "no key"
+                raise UserError(f"{where}.env_config.{key}: relabelling changes rewards alone; expected {known}")
+        return type(self)(parse(self.CONFIG, {**self.config.resolved(), **overrides}, f"{where}.env_config"))
 
     def references(self, task: Task) -> dict[str, float]:
         """Return further controllers worth a row beside the results: name -> return."""

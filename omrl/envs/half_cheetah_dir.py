@@ -25,6 +25,7 @@ class HalfCheetahDir(HalfCheetah):
     name = "half-cheetah-dir"
     env_id = "OMRL/HalfCheetahDir-v0"
     capacity = 2 * len(DIRECTIONS)
+    first_test = len(DIRECTIONS)
 
     def sample(self, index: int, seed: int) -> Task:
         """Return the direction of ``index``: backward for even, forward for odd."""

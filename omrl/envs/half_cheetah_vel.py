@@ -24,9 +24,10 @@ Reward, of a step of 0.05 s with v the mean velocity along x in it: -|v - v*| - 
 FOCAL and MACAW use it so). No termination. 200 steps. Features (2): v in m/s and 0.05 |a|^2.
 
 Tasks, by ``task_list``: ``focal``, velocities uniform on [0, 3] m/s from NumPy's legacy generator with seed
-1337, in that order (FOCAL: the first 80 of 100 to train, the last 20 to test; PEARL 100/30); ``macaw``, the 40
-velocities 0.075, 0.15, ..., 3 (MACAW tests on indices 2, 7, 15, 23, 26); ``uniform``, fresh draws by
-``tasks.seed``. Tasks of ``macaw`` are visited so that MACAW's training tasks come first.
+1337, in that order (FOCAL: the first 80 of 100 to train, the last 20 to test); ``pearl``, the same, of which
+PEARL trains on 100 and tests on the next 30; ``macaw``, the 40 velocities 0.075, 0.15, ..., 3 (MACAW tests on
+indices 2, 7, 15, 23, 26); ``uniform``, fresh draws by ``tasks.seed``. Tasks of ``macaw`` are
+visited so that MACAW's training tasks come first.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ from omrl.envs.base import Array, Task
 FASTEST = 3.0  # m/s
 _LEGACY_SEED, _LEGACY_DRAWS = 1337, 130  # PEARL's count; a shorter list is a prefix of it
 _MACAW_COUNT, _MACAW_TEST = 40, (2, 7, 15, 23, 26)
+_LISTS: dict[str, tuple[int, int]] = {  # how many tasks, place of the first one to test on
+    "focal": (_LEGACY_DRAWS, 80),
+    "pearl": (_LEGACY_DRAWS, 100),
+    "macaw": (_MACAW_COUNT, _MACAW_COUNT - len(_MACAW_TEST)),
+}
 TORSO_HEIGHT = 0.7  # m, of the torso's body when its z joint is at 0
 CONTROL_COST = np.float32(0.05)
 
@@ -65,7 +71,7 @@ class HalfCheetahVelConfig(HalfCheetahConfig):
         task_list: which velocities; see the module.
     """
 
-    task_list: Literal["focal", "macaw", "uniform"] = "focal"
+    task_list: Literal["focal", "pearl", "macaw", "uniform"] = "focal"
 
 
 def task_scalar(value: float) -> Array:
@@ -114,12 +120,12 @@ class HalfCheetahVel(HalfCheetah):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._list: Any = getattr(config, "task_list", "focal")
-        self.capacity = {"focal": _LEGACY_DRAWS, "macaw": _MACAW_COUNT}.get(self._list)
+        self.capacity, self.first_test = _LISTS.get(self._list, (None, None))
 
     def sample(self, index: int, seed: int) -> Task:
         """Return the velocity at place ``index`` of the list."""
         self._check_index(index)
-        if self._list == "focal":
+        if self._list in ("focal", "pearl"):
             velocity = legacy_uniform(_LEGACY_SEED, 0.0, FASTEST, _LEGACY_DRAWS)[index]
         elif self._list == "macaw":
             train = [i for i in range(_MACAW_COUNT) if i not in _MACAW_TEST]

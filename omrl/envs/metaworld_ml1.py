@@ -43,6 +43,7 @@ class MetaworldMl1(MetaworldFamily):
     context_next_observation = False
     floor_episodes = 16
     capacity = 100
+    first_test = 50
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -56,7 +56,7 @@ class MetaworldMl45(MetaworldFamily):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._goals: int = config.resolved()["goals"]
-        self.capacity = sum(_SKILLS) * self._goals
+        self.capacity, self.first_test = sum(_SKILLS) * self._goals, _SKILLS[0] * self._goals
 
     def sample(self, index: int, seed: int) -> Task:
         """Return task ``index``: skills of the benchmark's training part in turn, then those of its test part."""

@@ -2,17 +2,31 @@
 
 Observation (2, float32): x and y of the robot, unbounded, in units of the plane; an episode starts uniformly
 on [-1, 1]^2. Action (2, float32, [-1, 1]): push along x and y, scaled to [-0.1, 0.1] units per step. Reward:
-minus the distance to the goal after the move; the sparse version of ``PointConfig`` is stored beside it. No
-termination; 20 steps.
+minus the distance to the goal after the move, for task inference too, as in the papers; the sparse version of
+``PointConfig`` is stored beside it. No termination; 20 steps.
 
 Tasks: goals uniform on [-1, 1]^2 from NumPy's legacy generator with seed 1337, x and y drawn in turn per
-task, as in the released code; ``tasks.seed`` is that seed. Task i does not depend on how many there are.
+task, as in the released code; ``tasks.seed`` is that seed. Test goals are from a stream of their own, where the
+release has the last 20 of its first 100 draws.
 """
 
 from __future__ import annotations
 
-from omrl.envs._point import PointEnv, PointFamily, legacy_uniform
+from typing import ClassVar, Literal
+
+from omrl.core.config import Config
+from omrl.envs._point import PointConfig, PointEnv, PointFamily, legacy_uniform
 from omrl.envs.base import Task
+
+
+class PointRobotConfig(PointConfig):
+    """Point-Robot.
+
+    Attributes:
+        start: see ``PointConfig``.
+    """
+
+    start: Literal["origin", "square", "half-plane"] = "square"
 
 
 class PointRobot(PointFamily):
@@ -20,7 +34,7 @@ class PointRobot(PointFamily):
 
     name = "point-robot"
     env_id = "OMRL/PointRobot-v0"
-    random_start = True
+    CONFIG: ClassVar[type[Config]] = PointRobotConfig
 
     def sample(self, index: int, seed: int) -> Task:
         """Return the goal of task ``index``: the legacy stream's draws 2 index and 2 index + 1."""

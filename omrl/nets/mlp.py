@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 LAST_LAYER = 3e-3  # bound of the last layer's initial weights and biases, as in the released code
 POLICY_HEAD = 1e-3
@@ -30,6 +31,8 @@ class Mlp(nn.Module):
         generator: source of the initial weights.
         stack: number of networks.
         last: bound of the last layer's initial weights and biases.
+        layer_norm: normalize every hidden layer's outputs to mean 0 and variance 1. It has no scale and offset of
+            its own: the layer that follows is linear and has both.
     """
 
     def __init__(
@@ -40,8 +43,10 @@ class Mlp(nn.Module):
         generator: torch.Generator,
         stack: int = 1,
         last: float = LAST_LAYER,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
+        self.layer_norm = layer_norm
         sizes = [inputs, *hidden, outputs]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for place, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
@@ -55,12 +60,16 @@ class Mlp(nn.Module):
         """Return [stack, n, outputs] for x [n, inputs]; without the first axis if the stack has one network."""
         if self.weights[0].shape[0] == 1:
             for place, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-                x = torch.addmm(bias[0], torch.relu_(x) if place else x, weight[0])
+                x = torch.addmm(bias[0], self._activate(x) if place else x, weight[0])
             return x
         x = x.expand(self.weights[0].shape[0], *x.shape)
         for place, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, torch.relu_(x) if place else x, weight)
+            x = torch.baddbmm(bias, self._activate(x) if place else x, weight)
         return x
+
+    def _activate(self, x: Tensor) -> Tensor:
+        x = torch.relu_(x)
+        return functional.layer_norm(x, x.shape[-1:]) if self.layer_norm else x
 
 
 class Policy(nn.Module):
