@@ -51,10 +51,10 @@ def list_() -> None:
         for name in registry.names(package):
             summary = (registry.load(package, name).__doc__ or "").strip().splitlines()[0]
             print(f"  {name:<22}{summary}")
-    from omrl.evaluation.protocols import PROTOCOLS
+    from omrl.evaluation.protocols.base import protocols
 
     print("evaluation protocols:")
-    for name, summary in PROTOCOLS.items():
+    for name, summary in protocols().items():
         print(f"  {name:<22}{summary}")
 
 

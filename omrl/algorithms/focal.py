@@ -42,11 +42,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from omrl.algorithms.base import ContextAlgorithm, Draw, Phase, Spec
+from omrl.data.taskdata import TaskData
 from omrl.nets.actor_critic import ActorCritic, ActorCriticConfig, EncoderStep, adam
 from omrl.nets.encoders import DeterministicEncoder, ProbabilisticEncoder, gaussian_kl
 from omrl.nets.experience import Experience
@@ -161,6 +164,10 @@ class Focal(ContextAlgorithm):
             draws["context"] = Draw(config.context_batch, source="context")
         further = range(config.regularization.further_batches)
         return draws | {f"more{i}": Draw(config.rl_batch) for i in further}
+
+    def columns(self, data: TaskData) -> Mapping[str, NDArray[np.float32]]:
+        """Return the data's next actions where the regularizer of the target compares with them."""
+        return {"next_action": data.next_actions()} if self.settings.regularization.next_actions else {}
 
     def phases(self, steps: int) -> list[Phase]:
         """Return one phase."""

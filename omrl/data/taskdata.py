@@ -20,6 +20,7 @@ _ORDERED = ["source_task", "checkpoint", "episode", "step"]
 # of the columns in a table, and so of what a draw yields
 ORDER = ("observation", "action", "reward", "next_observation", "terminal", "sparse_reward")
 
+_FIELDS = ("observation", "action", "reward", "sparse_reward", "next_observation", "terminal")  # as in the class
 
 IN_MEMORY = 6 << 30  # bytes; a larger table is mapped
 
@@ -121,9 +122,19 @@ class TaskData:
             start, end = episode_bounds(*(ordered[name] for name in _ORDERED))
             order["start"].append(start)
             order["end"].append(end)
-        scalars = {name: field[..., 0] for name, field in fields.items() if len(shapes[name]) == 1}
-        places = {name: np.stack(values) for name, values in order.items()}
-        return cls(tuple(tasks), **{**fields, **scalars}, **places, inference=inference, table=table)
+        for name in ("reward", "terminal", "sparse_reward"):
+            fields[name] = fields[name][..., 0]
+        stacked = {name: np.stack(values) for name, values in order.items()}
+        return cls(
+            tuple(tasks),
+            *(fields[name] for name in _FIELDS),
+            checkpoint=stacked["checkpoint"].astype(np.int32),
+            step=stacked["step"].astype(np.int32),
+            start=stacked["start"],
+            end=stacked["end"],
+            inference=inference,
+            table=table,
+        )
 
     @classmethod
     def of_bags(
@@ -133,7 +144,15 @@ class TaskData:
         shape = fields["reward"].shape
         rows = np.broadcast_to(np.arange(shape[1]), shape)
         zero = np.zeros(shape, dtype=np.int32)
-        return cls(tuple(tasks), **fields, checkpoint=zero, step=zero, start=rows, end=rows + 1, inference=inference)
+        ordered = (zero, zero, rows, rows + 1)
+        return cls(tuple(tasks), *(fields[name] for name in _FIELDS), *ordered, inference=inference)
+
+    def next_actions(self) -> NDArray[np.float32]:
+        """Return the action of the next row of the same episode, [tasks, rows, width]; NaN after an episode's last."""
+        rows = np.arange(self.rows)
+        following = self.action[:, np.minimum(rows + 1, self.rows - 1)].copy()
+        following[rows + 1 >= self.end] = np.nan
+        return following
 
     def with_columns(self, columns: Mapping[str, NDArray[np.float32]]) -> TaskData:
         """Return the data with further columns [tasks, rows, width] (or [tasks, rows])."""

@@ -485,12 +485,13 @@ class ActorCritic(nn.Module):
         if self.c is not None:
             both = torch.cat([self._with(state, action), self._with(drawn.state, drawn.data)])
             return self.used_alpha() * divergence(*self.c(both).squeeze(-1).chunk(2))
-        if batch.next_action is None:
+        known = batch.extra.get("next_action")
+        if known is None:
             raise UserError(
                 f"regularization: value_penalty with kind: {regularization.kind} needs the data's next actions; "
                 "expected data in the order of their episodes"
             )
-        data = batch.next_action.reshape(-1, self.actions)
+        data = known.reshape(-1, self.actions)
         unknown = data.isnan().any(-1)
         return self.used_alpha() * self._distance(action, mean, log_std, data).masked_fill(unknown, 0)
 

@@ -107,7 +107,7 @@ def from_arrays(
         return torch.from_numpy(np.ascontiguousarray(columns[name], dtype=kind)).to(device)
 
     known = {name: tensor(name) for name in _FIELDS}
-    optional = {name: tensor(name) for name in ("step", "valid") if name in columns}
     extra = {name: tensor(name) for name in columns if name not in (*_FIELDS, "step", "valid")}
     places = np.full(len(known["reward"]), -1, dtype=np.int64) if task is None else task
-    return Experience(**known, **optional, task=torch.from_numpy(places).to(device), extra=extra)
+    step, valid = (tensor(name) if name in columns else None for name in ("step", "valid"))
+    return Experience(**known, task=torch.from_numpy(places).to(device), step=step, valid=valid, extra=extra)
