@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import moves_of, update
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omrl.core.config import parse
 from omrl.core.errors import UserError
-from omrl.nets.actor_critic import ActorCritic, ActorCriticConfig, EncoderStep, Transitions, divergence, join, mmd
+from omrl.nets.actor_critic import ActorCritic, ActorCriticConfig, EncoderStep, divergence, join, mmd
+from omrl.nets.experience import Experience
 
 TASKS, ROWS, OBS, ACT, LATENT = 3, 5, 2, 2, 4
 
@@ -44,16 +46,16 @@ def near(kind: str, **values: Any) -> dict[str, Any]:
     return {"regularization": {"kind": kind, "alpha": 3.0} | values}
 
 
-def with_next_action(b: Transitions) -> Transitions:
+def with_next_action(b: Experience) -> Experience:
     """The batch with the data's next actions; one is unknown, as after an episode's last row."""
     action = torch.rand(TASKS, ROWS, ACT, generator=source(13)) * 2 - 1
     action[1, 2] = math.nan
     return replace(b, next_action=action)
 
 
-def batch(seed: int = 1) -> Transitions:
+def batch(seed: int = 1) -> Experience:
     g = source(seed)
-    return Transitions(
+    return moves_of(
         torch.randn(TASKS, ROWS, OBS, generator=g),
         torch.rand(TASKS, ROWS, ACT, generator=g) * 2 - 1,
         torch.randn(TASKS, ROWS, generator=g),
@@ -118,7 +120,7 @@ def kl(c_policy: np.ndarray, c_data: np.ndarray) -> np.ndarray:
     return 1 + np.log(softplus(c_policy) + 1e-8) - softplus(c_data)
 
 
-def flat(b: Transitions, z: torch.Tensor) -> dict[str, np.ndarray]:
+def flat(b: Experience, z: torch.Tensor) -> dict[str, np.ndarray]:
     """The batch as rows, a task after the other, each beside its task's z."""
     wide = np.concatenate([np.tile(z[t].detach().numpy(), (ROWS, 1)) for t in range(TASKS)])
     rows = {name: x.numpy().reshape(TASKS * ROWS, -1) for name, x in vars(b).items() if x is not None}
@@ -406,9 +408,9 @@ def test_discriminator_steps_take_the_batch_and_then_the_fresh_ones(monkeypatch)
 
 def test_terminal_rows_do_not_bootstrap():
     agent, b, z = make(config()), batch(), embedding()
-    ended = Transitions(b.observation, b.action, b.reward, b.next_observation, torch.ones(TASKS, ROWS))
+    ended = moves_of(b.observation, b.action, b.reward, b.next_observation, torch.ones(TASKS, ROWS))
     torch.testing.assert_close(agent.q_target(ended, z, None), 5.0 * b.reward.reshape(-1))
-    going = Transitions(b.observation, b.action, b.reward, b.next_observation, torch.zeros(TASKS, ROWS))
+    going = moves_of(b.observation, b.action, b.reward, b.next_observation, torch.zeros(TASKS, ROWS))
     torch.testing.assert_close(
         agent.q_target(going, z, None) - agent.q_target(ended, z, None),
         0.9 * agent.target(join(b.next_observation, z)).squeeze(-1),
@@ -422,7 +424,7 @@ def test_a_hand_computed_target_with_constant_networks():
     with torch.no_grad():
         agent.target.weights[-1].zero_()
         agent.target.biases[-1].fill_(2.0)
-    one = Transitions(b.observation, b.action, torch.ones(TASKS, ROWS), b.next_observation, torch.zeros(TASKS, ROWS))
+    one = moves_of(b.observation, b.action, torch.ones(TASKS, ROWS), b.next_observation, torch.zeros(TASKS, ROWS))
     y = agent.q_target(one, embedding(), torch.full((TASKS * ROWS,), 3 * 0.9592))
     torch.testing.assert_close(y, torch.full((TASKS * ROWS,), 5 * 1 + 0.9 * (2 - 2.8776)))
 
@@ -577,7 +579,7 @@ def test_coupled_gradients_are_the_critics_and_the_own_loss(noise):
     optimizer = torch.optim.SGD([encoder], lr=1.0)
     z = encoder * 1
     coupled.update(b, z, [], EncoderStep(optimizer, (z**3).sum()))
-    plain.update(b, start, [])
+    update(plain, b, start, [])
 
     probe = start.clone().requires_grad_(True)
     rows = torch.cat([b.action.reshape(-1, ACT), join(b.observation, probe)], -1)

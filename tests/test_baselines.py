@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import bag_of, meta_batch, moves_of, update
 
-from omrl.algorithms.base import MetaAlgorithm, MetaBatch, Sizes, create, load_model, save_model
+from omrl.algorithms.base import Algorithm, Spec, create, load_model, save_model
 from omrl.algorithms.bc import cloning_loss
 from omrl.algorithms.bcq import soft_minimum
 from omrl.algorithms.mbml import diagonal_kl, of_tasks, posterior
 from omrl.core.errors import UserError
-from omrl.nets.actor_critic import Transitions
-from omrl.nets.encoders import Context, gaussian_kl
+from omrl.nets.encoders import gaussian_kl
+from omrl.nets.experience import Experience
 
 SMALL = {"latent_dim": 3, "encoder_width": 16, "encoder_depth": 2, "width": 16, "depth": 2, "meta_batch": 4,
          "rl_batch": 8, "context_batch": 12}  # fmt: skip
@@ -36,16 +37,16 @@ def source(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make(arm: str, seed: int = 0, sizes: Sizes | None = None, **values: Any) -> Any:
+def make(arm: str, seed: int = 0, sizes: Spec | None = None, **values: Any) -> Any:
     module, chosen = ARMS[arm]
-    return create(module, SMALL | chosen | values, sizes or Sizes(2, 2, False), seed, "cpu")
+    return create(module, SMALL | chosen | values, sizes or Spec(2, 2, False), seed, "cpu")
 
 
-def meta_batch(seed: int = 1, dense: float = 1.0, with_next: bool = False) -> MetaBatch:
+def made_batch(seed: int = 1, dense: float = 1.0, with_next: bool = False) -> dict[str, Experience]:
     g, tasks = source(seed), torch.tensor([0, 1, 1, 2])
     s, a, r = torch.randn(4, 12, 2, generator=g), torch.rand(4, 12, 2, generator=g), torch.randn(4, 12, generator=g)
-    moves = Transitions(s[:, :8], a[:, :8], r[:, :8] * dense, s[:, :8] + 0.1, torch.zeros(4, 8))
-    return MetaBatch(tasks, Context(s, a, r, s + 0.1 if with_next else None), moves, lambda: moves)
+    moves = moves_of(s[:, :8], a[:, :8], r[:, :8] * dense, s[:, :8] + 0.1, torch.zeros(4, 8))
+    return meta_batch(tasks, bag_of(s, a, r, s + 0.1 if with_next else None), moves, lambda: moves)
 
 
 def copies(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -63,24 +64,24 @@ def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
 def test_training_goes_on_from_a_saved_state_and_a_saved_model_acts_alike(arm, tmp_path):
     whole, first, second = make(arm), make(arm), make(arm, 9)
     for i in range(4):
-        scalars = whole.update(meta_batch(i))
+        scalars = whole.update(made_batch(i))
     assert all(torch.isfinite(value) for value in scalars.values())
     for i in range(2):
-        first.update(meta_batch(i))
+        update(first, made_batch(i))
     second.load_training_state({k: v.clone() for k, v in first.training_state().items()})
     for i in range(2, 4):
-        second.update(meta_batch(i))
+        update(second, made_batch(i))
     state, other = whole.training_state(), second.training_state()
     assert state.keys() == other.keys()
     assert all(torch.equal(state[k], other[k]) for k in state)
     save_model(whole, tmp_path, "mine", ARMS[arm][0])
-    loaded, batch = load_model(tmp_path, "cpu"), meta_batch()
-    z = whole.infer(batch.context)
-    assert torch.equal(loaded.infer(batch.context), z)
-    s = batch.transitions.observation
-    assert torch.equal(loaded.act(s, z), whole.act(s, z))
-    assert whole.act(s, z).shape == (4, 8, 2)
-    assert float(whole.act(s, z).abs().max()) <= 1
+    loaded, batch = load_model(tmp_path, "cpu"), made_batch()
+    z = whole.infer(batch["context"])
+    assert torch.equal(loaded.infer(batch["context"]), z)
+    s = batch["transitions"].observation
+    assert torch.equal(loaded.actions(s, z), whole.actions(s, z))
+    assert whole.actions(s, z).shape == (4, 8, 2)
+    assert float(whole.actions(s, z).abs().max()) <= 1
 
 
 @pytest.mark.parametrize("arm", ["bc", "bc-metric", "unicorn", "pearl", "bcq", "mbml"])
@@ -105,7 +106,7 @@ def test_two_goals_are_told_apart_and_solved(arm):
             1400,
         ),
     }[ARMS[arm][0]]
-    algorithm: MetaAlgorithm = make(arm, **({"meta_batch": 8, "width": 32, "encoder_width": 32} | own))
+    algorithm: Algorithm = make(arm, **({"meta_batch": 8, "width": 32, "encoder_width": 32} | own))
     imitates = ARMS[arm][0] == "bc"
 
     def draw(seed: int) -> tuple[torch.Tensor, ...]:
@@ -119,10 +120,10 @@ def test_two_goals_are_told_apart_and_solved(arm):
 
     for step in range(steps):
         tasks, s, a, r = draw(step)
-        end = Transitions(s, a, r, s, torch.ones(8, 32))
-        algorithm.update(MetaBatch(tasks, Context(s, a, r), end, lambda: pytest.fail("not needed")))
+        end = moves_of(s, a, r, s, torch.ones(8, 32))
+        update(algorithm, meta_batch(tasks, bag_of(s, a, r), end))
     tasks, s, a, r = draw(10**6)
-    chosen = algorithm.act(s, algorithm.infer(Context(s, a, r)))[..., 0].mean(1)
+    chosen = algorithm.actions(s, algorithm.infer(bag_of(s, a, r)))[..., 0].mean(1)
     assert float((chosen - 0.8 * (1.0 - 2 * tasks)).abs().max()) < 0.25
 
 
@@ -150,19 +151,19 @@ def test_an_action_at_the_edge_has_a_finite_likelihood():
 def test_imitation_trains_the_encoder_only_where_it_shall():
     for arm, moves in (("bc", True), ("bc-metric", False)):
         one, two = make(arm), make(arm)
-        batch = meta_batch()
-        other = MetaBatch(
-            batch.tasks,
-            batch.context,
-            Transitions(batch.transitions.observation, -batch.transitions.action, *vars_of(batch.transitions)),
+        batch = made_batch()
+        other = meta_batch(
+            batch["context"].task,
+            batch["context"],
+            moves_of(batch["transitions"].observation, -batch["transitions"].action, *vars_of(batch["transitions"])),
             batch.more,
         )
-        one.update(batch)
-        two.update(other)
+        update(one, batch)
+        update(two, other)
         assert same(copies(one.encoder), copies(two.encoder)) != moves
 
 
-def vars_of(t: Transitions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def vars_of(t: Experience) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return t.reward, t.next_observation, t.terminal
 
 
@@ -171,11 +172,11 @@ def vars_of(t: Transitions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_without_reconstruction_unicorn_is_focal():
     chosen = SMALL | {"metric_weight": 0.7}
-    focal = create("focal", chosen, Sizes(2, 2, False), 3, "cpu")
-    unicorn = create("unicorn", chosen | {"reconstruction_weight": 0}, Sizes(2, 2, False), 3, "cpu")
+    focal = create("focal", chosen, Spec(2, 2, False), 3, "cpu")
+    unicorn = create("unicorn", chosen | {"reconstruction_weight": 0}, Spec(2, 2, False), 3, "cpu")
     for i in range(3):
         for algorithm in (focal, unicorn):
-            algorithm.update(meta_batch(i))
+            update(algorithm, made_batch(i))
     one, two = focal.training_state(), unicorn.training_state()
     assert one.keys() == two.keys()
     assert all(torch.equal(one[k], two[k]) for k in one)
@@ -183,10 +184,10 @@ def test_without_reconstruction_unicorn_is_focal():
 
 @pytest.mark.parametrize("with_next", [False, True])
 def test_reconstruction_by_hand(with_next):
-    algorithm = make("unicorn", sizes=Sizes(2, 2, with_next))
-    batch = meta_batch(with_next=with_next)
-    z = algorithm.infer(batch.context)
-    c, errors = batch.context, []
+    algorithm = make("unicorn", sizes=Spec(2, 2, with_next))
+    batch = made_batch(with_next=with_next)
+    z = algorithm.infer(batch["context"])
+    c, errors = batch["context"], []
     for t in range(4):
         for j in range(12):
             row = torch.cat([c.observation[t, j], c.action[t, j], z[t]])[None]
@@ -198,7 +199,7 @@ def test_reconstruction_by_hand(with_next):
 def test_reconstruction_trains_the_encoder_and_dense_rewards_do_not():
     plain, one, two = make("unicorn", reconstruction_weight=0.0), make("unicorn"), make("unicorn")
     for algorithm, dense in ((plain, 1.0), (one, 1.0), (two, -3.0)):
-        algorithm.update(meta_batch(dense=dense))
+        update(algorithm, made_batch(dense=dense))
     assert same(copies(one.encoder), copies(two.encoder))
     assert not same(copies(plain.encoder), copies(one.encoder))
 
@@ -207,7 +208,7 @@ def test_reconstruction_trains_the_encoder_and_dense_rewards_do_not():
 
 
 def test_posterior_is_the_product_of_gaussians():
-    algorithm, rows = make("pearl"), meta_batch().context.rows()
+    algorithm, rows = make("pearl"), made_batch().context.rows()
     mean, variance = algorithm.encoder(rows)
     raw = algorithm.encoder.net(rows.reshape(48, -1)).view(4, 12, 6).double()
     mu, s2 = raw[..., :3], torch.nn.functional.softplus(raw[..., 3:])
@@ -219,12 +220,12 @@ def test_posterior_is_the_product_of_gaussians():
 
 def test_bellman_gradients_reach_pearls_encoder_and_no_metric_loss_does():
     one, two = make("pearl"), make("pearl")
-    scalars = one.update(meta_batch(dense=1.0))
-    two.update(meta_batch(dense=-3.0))
+    scalars = update(one, made_batch(dense=1.0))
+    update(two, made_batch(dense=-3.0))
     assert not same(copies(one.encoder), copies(two.encoder))
     assert "metric_loss" not in scalars
     assert "discriminator_loss" not in scalars
-    assert "divergence" in make("pearl-regularized").update(meta_batch())
+    assert "divergence" in update(make("pearl-regularized"), made_batch())
     with pytest.raises(UserError, match="metric_power"):
         make("pearl", metric_power=1)
 
@@ -279,9 +280,9 @@ def test_perturbation_is_bounded():
 
 def test_only_bellman_gradients_where_the_vae_shall_not_train_the_encoder():
     for arm, moves in (("bcq", True), ("bcq-bellman", False)):
-        algorithm, batch = make(arm), meta_batch()
-        z = algorithm.encoder(batch.context.rows()).detach().requires_grad_(True)
-        losses = algorithm.losses(batch.transitions, z)
+        algorithm, batch = make(arm), made_batch()
+        z = algorithm.encoder(algorithm.rows(batch["context"])).detach().requires_grad_(True)
+        losses = algorithm.losses(batch["transitions"], z)
         (gradient,) = torch.autograd.grad(losses["vae"], z, retain_graph=True, allow_unused=True)
         assert (gradient is not None and float(gradient.abs().sum()) > 0) == moves
         assert float(torch.autograd.grad(losses["q"], z)[0].abs().sum()) > 0
@@ -311,17 +312,17 @@ def test_posterior_and_divergence_by_hand():
 
 
 def test_relabelled_rows_carry_the_other_tasks_rewards():
-    algorithm, batch = make("mbml", threshold=1e9), meta_batch()
-    rows, usable = algorithm.relabelled(batch.context, batch.tasks)
+    algorithm, batch = make("mbml", threshold=1e9), made_batch()
+    rows, usable = algorithm.relabelled(batch["context"], batch["context"].task)
     assert rows.shape == (4, 4, 12, 5)
     assert usable.sum(-1).tolist() == [[0, 12, 12, 12], [12, 0, 0, 12], [12, 0, 0, 12], [12, 12, 12, 0]]
     members = range(5)
     for i, j in ((0, 3), (3, 1)):
-        torch.testing.assert_close(rows[i, j, :, :4], batch.context.rows()[j, :, :4])
-        x = batch.context.rows()[j, :, :4]
-        means = algorithm.teachers.models(x)[[int(batch.tasks[i]) * 5 + k for k in members], :, 0].mean(0)
+        torch.testing.assert_close(rows[i, j, :, :4], algorithm.rows(batch["context"])[j, :, :4])
+        x = algorithm.rows(batch["context"])[j, :, :4]
+        means = algorithm.teachers.models(x)[[int(batch["context"].task[i]) * 5 + k for k in members], :, 0].mean(0)
         torch.testing.assert_close(rows[i, j, :, 4], means)
-    assert float(make("mbml", threshold=1e-9).relabelled(batch.context, batch.tasks)[1].sum()) == 0
+    assert float(make("mbml", threshold=1e-9).relabelled(batch["context"], batch["context"].task)[1].sum()) == 0
 
 
 def test_triplet_without_usable_rows_is_the_margin():
@@ -340,7 +341,7 @@ def test_phases_follow_each_other_and_teachers_rest_in_the_second():
     phases = []
     for i in range(4):
         before = copies(algorithm.teachers), copies(algorithm.student)
-        phases.append(int(algorithm.update(meta_batch(i))["phase"]))
+        phases.append(int(update(algorithm, made_batch(i))["phase"]))
         assert same(before[0], copies(algorithm.teachers)) == (i >= 2)
         assert same(before[1], copies(algorithm.student)) == (i < 2)
     assert phases == [1, 1, 2, 2]
@@ -348,4 +349,4 @@ def test_phases_follow_each_other_and_teachers_rest_in_the_second():
 
 def test_too_few_tasks_are_named():
     with pytest.raises(UserError, match=r"mbml.tasks = 2: expected the number of training tasks"):
-        make("mbml", tasks=2).update(meta_batch())
+        update(make("mbml", tasks=2), made_batch())

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import bag_of, meta_batch, moves_of, update
 
 from omrl.algorithms import bc
-from omrl.algorithms.base import MetaBatch, Sizes, create
+from omrl.algorithms.base import Spec, create
 from omrl.core.errors import UserError
-from omrl.nets.actor_critic import Transitions
-from omrl.nets.encoders import Context
+from omrl.nets.experience import Experience
 from omrl.nets.mlp import Mlp
 
 SMALL = {
@@ -23,18 +23,18 @@ SMALL = {
 
 
 def make(**values: Any) -> bc.Bc:
-    algorithm = create("bc", SMALL | values, Sizes(2, 2, False), 0, "cpu")
+    algorithm = create("bc", SMALL | values, Spec(2, 2, False), 0, "cpu")
     assert isinstance(algorithm, bc.Bc)
     return algorithm
 
 
-def meta_batch(seed: int = 1) -> MetaBatch:
+def made_batch(seed: int = 1) -> dict[str, Experience]:
     g = torch.Generator().manual_seed(seed)
     s, a = torch.randn(4, 12, 2, generator=g), torch.rand(4, 12, 2, generator=g) * 2 - 1
     r = torch.randn(4, 12, generator=g)
     state, action = torch.randn(4, 8, 2, generator=g), torch.rand(4, 8, 2, generator=g) * 2 - 1
-    moves = Transitions(state, action, torch.full((4, 8), torch.nan), state, torch.zeros(4, 8))
-    return MetaBatch(torch.tensor([0, 1, 1, 2]), Context(s, a, r), moves, lambda: pytest.fail("drew a fresh batch"))
+    moves = moves_of(state, action, torch.full((4, 8), torch.nan), state, torch.zeros(4, 8))
+    return meta_batch(torch.tensor([0, 1, 1, 2]), bag_of(s, a, r), moves)
 
 
 def double(net: Mlp, x: np.ndarray) -> np.ndarray:
@@ -49,21 +49,21 @@ def double(net: Mlp, x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("likelihood", ["mse", "gaussian"])
 def test_the_first_updates_loss_in_double_precision(likelihood):
-    algorithm, batch = make(likelihood=likelihood), meta_batch()
+    algorithm, batch = make(likelihood=likelihood), made_batch()
     with torch.no_grad():  # away from the start, where means are all but zero
         algorithm.policy.trunk.weights[-1].mul_(500)
         algorithm.encoder.net.weights[-1].mul_(500)
-    z = np.tanh(double(algorithm.encoder.net, batch.context.rows().double().numpy())).mean(1)
+    z = np.tanh(double(algorithm.encoder.net, algorithm.rows(batch["context"]).double().numpy())).mean(1)
     losses = []
     for task in range(4):
-        state = np.concatenate([batch.transitions.observation[task].numpy(), np.tile(z[task], (8, 1))], axis=1)
+        state = np.concatenate([batch["transitions"].observation[task].numpy(), np.tile(z[task], (8, 1))], axis=1)
         mean, log_std = np.split(double(algorithm.policy.trunk, state), 2, axis=1)
-        log_std, action = np.clip(log_std, -20, 0), batch.transitions.action[task].double().numpy()
+        log_std, action = np.clip(log_std, -20, 0), batch["transitions"].action[task].double().numpy()
         u = np.arctanh(action)
         density = np.exp(-(((u - mean) / np.exp(log_std)) ** 2) / 2) / np.sqrt(2 * np.pi) / np.exp(log_std)
         loss = (np.tanh(mean) - action) ** 2 if likelihood == "mse" else -np.log(density / (1 - action**2))
         losses.append(loss.sum(1).mean())
-    assert float(algorithm.update(batch)["cloning_loss"]) == pytest.approx(np.mean(losses), rel=2e-5)
+    assert float(update(algorithm, batch)["cloning_loss"]) == pytest.approx(np.mean(losses), rel=2e-5)
 
 
 @pytest.mark.parametrize(("mean", "log_std"), [(0.0, 0.0), (0.8, -1.0), (-1.2, -0.5)])
@@ -82,14 +82,14 @@ def test_the_likelihood_is_a_density_over_actions(mean, log_std):
 
 def test_without_the_metric_loss_it_is_not_computed(monkeypatch):
     monkeypatch.setattr(bc, "distance_metric_loss", lambda *_: pytest.fail("the metric loss is off"))
-    assert set(make().update(meta_batch())) == {"cloning_loss", "z_rms"}
+    assert set(update(make(), made_batch())) == {"cloning_loss", "z_rms"}
     with pytest.raises(pytest.fail.Exception, match="off"):
-        make(encoder_loss="metric").update(meta_batch())
+        update(make(encoder_loss="metric"), made_batch())
 
 
 def test_neither_dense_rewards_nor_fresh_batches_nor_noise_are_used():
     algorithm = make(likelihood="gaussian")
-    scalars = algorithm.update(meta_batch())  # its dense rewards are not numbers
+    scalars = update(algorithm, made_batch())  # its dense rewards are not numbers
     assert all(torch.isfinite(value) for value in scalars.values())
     assert algorithm.generators() == {}
     assert set(algorithm.modules()) == set(algorithm.optimizers()) == {"encoder", "policy"}
@@ -97,7 +97,7 @@ def test_neither_dense_rewards_nor_fresh_batches_nor_noise_are_used():
 
 def test_the_metric_loss_leaves_the_policy_alone():
     weak, strong = make(encoder_loss="metric", metric_weight=0.5), make(encoder_loss="metric", metric_weight=50.0)
-    batch = meta_batch()
+    batch = made_batch()
     assert float(strong.update(batch)["metric_loss"]) == pytest.approx(
         100 * float(weak.update(batch)["metric_loss"]), rel=1e-6
     )
@@ -110,7 +110,7 @@ def test_a_deterministic_policy_has_no_std_to_learn():
         algorithm = make(likelihood=likelihood)
         with torch.no_grad():
             algorithm.policy.trunk.biases[-1][..., 2:] = -0.5  # below the bound, where gradients pass
-        algorithm.update(meta_batch())
+        update(algorithm, made_batch())
         gradient = algorithm.policy.trunk.weights[-1].grad
         assert gradient is not None
         assert bool(gradient[..., 2:].any()) == learns
@@ -123,20 +123,20 @@ def test_gaussian_cloning_of_two_goals_with_the_metric_encoder():
         actor_rate=3e-3, encoder_rate=3e-3,
     )  # fmt: skip
 
-    def draw(seed: int) -> tuple[torch.Tensor, MetaBatch]:
+    def draw(seed: int) -> tuple[torch.Tensor, dict[str, Experience]]:
         g = torch.Generator().manual_seed(seed)
         tasks = torch.randint(2, (8,), generator=g)
         goal = (0.8 * (1.0 - 2 * tasks))[:, None]
         s, noise = torch.rand(8, 32, 2, generator=g) - 0.5, 0.2 * (torch.rand(8, 32, 2, generator=g) * 2 - 1)
         a = torch.stack([(goal + noise[..., 0]).clamp(-1, 1), noise[..., 1]], dim=-1)
         r = 1 - (a[..., 0] - goal).abs()
-        return goal[:, 0], MetaBatch(tasks, Context(s, a, r), Transitions(s, a, r, s, torch.ones(8, 32)), lambda: moves)
+        return goal[:, 0], meta_batch(tasks, bag_of(s, a, r), moves_of(s, a, r, s, torch.ones(8, 32)), lambda: moves)
 
-    moves = meta_batch().transitions
+    moves = made_batch()["transitions"]
     for step in range(300):
-        algorithm.update(draw(step)[1])
+        update(algorithm, draw(step)[1])
     goal, batch = draw(10**6)
-    chosen = algorithm.act(batch.transitions.observation, algorithm.infer(batch.context)).mean(1)
+    chosen = algorithm.actions(batch["transitions"].observation, algorithm.infer(batch["context"])).mean(1)
     assert float((chosen[:, 0] - goal).abs().max()) < 0.25
     assert float(chosen[:, 1].abs().max()) < 0.1
 
@@ -191,9 +191,9 @@ def test_golden_numbers(arm, double_precision):
     values = {"encoder_loss": "metric"} if arm == "metric" else {"likelihood": arm}
     algorithm = make(**values)
     for i in range(3):
-        scalars = algorithm.update(meta_batch(i))
-    batch = meta_batch(9)
-    action = algorithm.act(batch.transitions.observation, algorithm.infer(batch.context))[0, 0]
+        scalars = update(algorithm, made_batch(i))
+    batch = made_batch(9)
+    action = algorithm.actions(batch["transitions"].observation, algorithm.infer(batch["context"]))[0, 0]
     got = {name: float(value) for name, value in scalars.items()}
     for name, module in algorithm.modules().items():
         gradients = [p.grad.norm() for p in module.parameters() if p.grad is not None]

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import bag_of, meta_batch, moves_of, update
 
-from omrl.algorithms.base import MetaBatch, Sizes, create, load_model, save_model
+from omrl.algorithms.base import Spec, create, load_model, save_model
 from omrl.algorithms.bcq import Bcq, soft_minimum
 from omrl.core.errors import UserError
-from omrl.nets.actor_critic import Transitions, join
-from omrl.nets.encoders import Context
+from omrl.nets.actor_critic import join
+from omrl.nets.experience import Experience
 from omrl.nets.mlp import Mlp
 
 SMALL = {
@@ -29,18 +30,18 @@ LATENT = 4  # 2 per action entry
 
 
 def make(seed: int = 0, **values: Any) -> Bcq:
-    algorithm = create("bcq", SMALL | values, Sizes(2, 2, False), seed, "cpu")
+    algorithm = create("bcq", SMALL | values, Spec(2, 2, False), seed, "cpu")
     assert isinstance(algorithm, Bcq)
     return algorithm
 
 
-def meta_batch(seed: int = 1) -> MetaBatch:
+def made_batch(seed: int = 1) -> dict[str, Experience]:
     g = torch.Generator().manual_seed(seed)
     s, a = torch.randn(4, 20, 2, generator=g), torch.rand(4, 20, 2, generator=g) * 2 - 1
     r, ends = torch.randn(4, 20, generator=g), (torch.rand(4, 8, generator=g) < 0.3).float()
-    moves = Transitions(s[:, :8], a[:, :8], r[:, :8], s[:, :8] + 0.1 * a[:, :8], ends)
-    context = Context(s[:, 8:], a[:, 8:], r[:, 8:])
-    return MetaBatch(torch.tensor([0, 1, 1, 2]), context, moves, lambda: pytest.fail("BCQ needs one batch"))
+    moves = moves_of(s[:, :8], a[:, :8], r[:, :8], s[:, :8] + 0.1 * a[:, :8], ends)
+    context = bag_of(s[:, 8:], a[:, 8:], r[:, 8:])
+    return meta_batch(torch.tensor([0, 1, 1, 2]), context, moves)
 
 
 def spread(algorithm: Bcq) -> Bcq:
@@ -73,11 +74,11 @@ def copies(module: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def test_the_first_updates_losses_in_double_precision():
-    algorithm, batch = spread(make(gamma=0.9, reward_scale=0.1, soft_min=0.6, perturbation=0.4)), meta_batch()
+    algorithm, batch = spread(make(gamma=0.9, reward_scale=0.1, soft_min=0.6, perturbation=0.4)), made_batch()
     far = torch.randn(4, 8, 2, generator=torch.Generator().manual_seed(5)) * 3  # s' that s does not pass for
-    batch = replace(batch, transitions=replace(batch.transitions, next_observation=far))
-    learner, t = algorithm.learner, batch.transitions
-    z = np.tanh(double(algorithm.encoder.net, batch.context.rows().double().numpy().reshape(48, -1)))
+    batch = replace(batch, transitions=replace(batch["transitions"], next_observation=far))
+    learner, t = algorithm.learner, batch["transitions"]
+    z = np.tanh(double(algorithm.encoder.net, algorithm.rows(batch["context"]).double().numpy().reshape(48, -1)))
     z = z.reshape(4, 12, 3).mean(1)
     stream = torch.Generator()
     stream.set_state(algorithm.generators()["noise"].get_state())
@@ -101,7 +102,7 @@ def test_the_first_updates_losses_in_double_precision():
             best = max(best, 0.6 * min(values) + 0.4 * max(values))
         y = 0.1 * float(t.reward[i, j]) + 0.9 * (1 - float(t.terminal[i, j])) * best
         errors.append([(double(learner.q, side(state, action), k).item() - y) ** 2 for k in (0, 1)])
-    scalars = algorithm.update(batch)
+    scalars = update(algorithm, batch)
     assert float(scalars["vae_loss"]) == pytest.approx(np.mean(squared) + 0.5 * np.mean(kl), rel=1e-4)
     assert float(scalars["q_loss"]) == pytest.approx(np.mean(errors, axis=0).sum(), rel=1e-4)
     assert float(scalars["z_rms"]) == pytest.approx(np.sqrt(np.mean(z**2)), rel=1e-4)
@@ -109,10 +110,10 @@ def test_the_first_updates_losses_in_double_precision():
 
 @pytest.mark.parametrize("by_vae", [True, False])
 def test_every_network_descends_its_own_loss_and_no_other(by_vae):
-    algorithm, batch = spread(make(encoder_by_vae=by_vae)), meta_batch()
+    algorithm, batch = spread(make(encoder_by_vae=by_vae)), made_batch()
     before = copy.deepcopy(algorithm)
-    z = before.encoder(batch.context.rows())
-    losses, learner = before.losses(batch.transitions, z), before.learner
+    z = before.encoder(algorithm.rows(batch["context"]))
+    losses, learner = before.losses(batch["transitions"], z), before.learner
     expected = {}
     for name, net, loss in (
         ("encoder", before.encoder, losses["q"] + (losses["vae"] if by_vae else 0)),
@@ -121,7 +122,7 @@ def test_every_network_descends_its_own_loss_and_no_other(by_vae):
         ("q", learner.q, losses["q"]),
     ):
         expected[name] = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
-    algorithm.update(batch)
+    update(algorithm, batch)
     own = algorithm.learner
     nets = {"encoder": algorithm.encoder, "encode": own.encode, "decode": own.decode, "q": own.q}
     for name, net in nets.items():
@@ -130,16 +131,16 @@ def test_every_network_descends_its_own_loss_and_no_other(by_vae):
 
 
 def test_the_perturbation_climbs_the_stepped_q1_at_sampled_actions():
-    algorithm, batch = spread(make(perturbation=0.4)), meta_batch()
+    algorithm, batch = spread(make(perturbation=0.4)), made_batch()
     stream = torch.Generator()
     stream.set_state(algorithm.generators()["noise"].get_state())
     torch.randn(32, LATENT, generator=stream)
     torch.randn(32, 5, LATENT, generator=stream)
     latents = torch.randn(32, LATENT, generator=stream).clamp(-0.5, 0.5)
-    z = algorithm.encoder(batch.context.rows()).detach()  # of the encoder before its step
+    z = algorithm.encoder(algorithm.rows(batch["context"])).detach()  # of the encoder before its step
     shift = copy.deepcopy(algorithm.learner.shift)
-    scalars = algorithm.update(batch)
-    learner, state = algorithm.learner, join(batch.transitions.observation, z)
+    scalars = update(algorithm, batch)
+    learner, state = algorithm.learner, join(batch["transitions"].observation, z)
     with torch.no_grad():
         sampled = learner.generate(state, latents)
     gain = learner.value(learner.q, state, learner.perturb(shift, state, sampled))[0].mean()
@@ -154,7 +155,7 @@ def test_targets_follow_slowly_and_only_the_optimizers_see_the_rest():
     algorithm = spread(make(tau=0.25))
     learner = algorithm.learner
     old = {name: copies(net) for name, net in (("q", learner.target_q), ("shift", learner.target_shift))}
-    algorithm.update(meta_batch())
+    update(algorithm, made_batch())
     for name, target, online in (("q", learner.target_q, learner.q), ("shift", learner.target_shift, learner.shift)):
         for was, now, goal in zip(old[name], copies(target), copies(online), strict=True):
             torch.testing.assert_close(now, 0.75 * was + 0.25 * goal)
@@ -174,8 +175,8 @@ def test_latents_that_actions_are_sampled_from_are_clipped(monkeypatch):
     algorithm, seen = make(vae_clip=0.3), []
     generate = algorithm.learner.generate
     monkeypatch.setattr(algorithm.learner, "generate", lambda s, latent: (seen.append(latent), generate(s, latent))[1])
-    algorithm.update(meta_batch())
-    algorithm.act(meta_batch().transitions.observation, torch.zeros(4, 3))
+    update(algorithm, made_batch())
+    algorithm.actions(made_batch()["transitions"].observation, torch.zeros(4, 3))
     posterior, target, perturbed, acting = (float(latent.detach().abs().max()) for latent in seen)
     assert posterior > 0.3  # the VAE's own latents are not
     assert target == perturbed == acting == pytest.approx(0.3)
@@ -185,16 +186,16 @@ def test_latents_that_actions_are_sampled_from_are_clipped(monkeypatch):
 
 
 def test_what_is_switched_off_has_no_effect():
-    algorithm, batch = spread(make(kl_weight=0.0, perturbation=0.0, soft_min=1.0)), meta_batch()
+    algorithm, batch = spread(make(kl_weight=0.0, perturbation=0.0, soft_min=1.0)), made_batch()
     learner, z = algorithm.learner, torch.zeros(4, 3)
-    state, action = join(batch.transitions.observation, z), batch.transitions.action.reshape(-1, 2)
+    state, action = join(batch["transitions"].observation, z), batch["transitions"].action.reshape(-1, 2)
     assert torch.equal(learner.perturb(learner.shift, state, action), action)
     noise = torch.zeros(32, LATENT)
     mean = learner.encode(torch.cat([state, action], -1))[:, :LATENT]
     expected = (learner.generate(state, mean) - action).square().mean()
     assert learner.vae_loss(state, action, noise).item() == pytest.approx(expected.item(), rel=1e-6)
     before = copies(learner.shift)
-    algorithm.update(batch)
+    update(algorithm, batch)
     assert all(torch.equal(a, b) for a, b in zip(before, copies(learner.shift), strict=True))
 
 
@@ -211,9 +212,9 @@ def test_the_discount_counts_where_an_episode_goes_on():
 
 def test_acting_takes_the_candidate_of_the_largest_q1_in_double_precision():
     algorithm = spread(make(perturbation=0.4))
-    learner, observation = algorithm.learner, meta_batch().transitions.observation
+    learner, observation = algorithm.learner, made_batch()["transitions"].observation
     z = torch.randn(4, 3, generator=torch.Generator().manual_seed(3))
-    actions, places = algorithm.act(observation, z), set()
+    actions, places = algorithm.actions(observation, z), set()
     for i in range(4):
         for j in range(8):
             state, found = side(observation[i, j], z[i]), []
@@ -228,11 +229,11 @@ def test_acting_takes_the_candidate_of_the_largest_q1_in_double_precision():
 
 
 def test_acting_draws_nothing_and_a_row_does_not_depend_on_the_others():
-    algorithm, observation = spread(make()), meta_batch().transitions.observation
+    algorithm, observation = spread(make()), made_batch()["transitions"].observation
     z, stream = torch.linspace(-1, 1, 12).view(4, 3), algorithm.generators()["noise"].get_state()
-    everyone = algorithm.act(observation, z)
-    assert torch.equal(algorithm.act(observation, z), everyone)
-    torch.testing.assert_close(algorithm.act(observation[2:3, 4:5], z[2:3]), everyone[2:3, 4:5])
+    everyone = algorithm.actions(observation, z)
+    assert torch.equal(algorithm.actions(observation, z), everyone)
+    torch.testing.assert_close(algorithm.actions(observation[2:3, 4:5], z[2:3]), everyone[2:3, 4:5])
     assert torch.equal(algorithm.generators()["noise"].get_state(), stream)
     assert not everyone.requires_grad
 
@@ -244,7 +245,7 @@ def test_the_latents_of_acting_belong_to_the_seed_and_to_the_model(tmp_path):
     save_model(one, tmp_path, "mine", "bcq")
     assert torch.equal(load_model(tmp_path, "cpu").learner.latents, one.learner.latents)
     before = one.learner.latents.clone()
-    one.update(meta_batch())
+    update(one, made_batch())
     assert torch.equal(one.learner.latents, before)
 
 
@@ -303,9 +304,9 @@ def test_golden_numbers(arm):
     try:
         algorithm = spread(make(encoder_by_vae=arm == "default"))
         for i in range(3):
-            scalars = algorithm.update(meta_batch(i))
-        batch = meta_batch(9)
-        action = algorithm.act(batch.transitions.observation, algorithm.infer(batch.context))[0, 0]
+            scalars = update(algorithm, made_batch(i))
+        batch = made_batch(9)
+        action = algorithm.actions(batch["transitions"].observation, algorithm.infer(batch["context"]))[0, 0]
     finally:
         torch.set_num_threads(threads)
     got, learner = {name: float(value) for name, value in scalars.items()}, algorithm.learner

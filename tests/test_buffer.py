@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from omrl.algorithms.base import BatchSizes
 from omrl.core import seeding
 from omrl.core.errors import UserError
 from omrl.core.files import write_manifest
 from omrl.data import parquet
 from omrl.data import taskdata as buffer
-from omrl.data.taskdata import TaskBuffers
+from omrl.data.taskdata import TaskData
 from omrl.learning.train import Sampler
 
 VECTORS = {"observation": 3, "next_observation": 3, "action": 2}
@@ -64,7 +63,7 @@ def flat(array: np.ndarray) -> np.ndarray:
 
 def test_buffers_hold_the_stored_numbers(folder):
     tasks = [0, 1, 12]
-    buffers = TaskBuffers.load(folder, tasks, False)
+    buffers = TaskData.load(folder, tasks, False)
     assert list(buffers.tasks) == tasks
     assert buffers.rows == ROWS
     for index, task in enumerate(tasks):
@@ -75,7 +74,7 @@ def test_buffers_hold_the_stored_numbers(folder):
 
 
 def test_arrays_are_float32_of_one_shape(folder):
-    buffers = TaskBuffers.load(folder, [0, 1, 12], True)
+    buffers = TaskData.load(folder, [0, 1, 12], True)
     for name in (*FIELDS, "terminal"):
         array = getattr(buffers, name)
         assert array.dtype == np.float32, name
@@ -86,46 +85,46 @@ def test_arrays_are_float32_of_one_shape(folder):
 
 def test_terminal_is_termination_alone_or_with_time_limits(folder):
     columns = make(0)
-    apart = TaskBuffers.load(folder, [0], False)
+    apart = TaskData.load(folder, [0], False)
     assert np.array_equal(flat(apart.terminal)[0], columns["terminated"].astype(np.float32))
-    together = TaskBuffers.load(folder, [0], True)
+    together = TaskData.load(folder, [0], True)
     assert np.array_equal(flat(together.terminal)[0], (columns["terminated"] | columns["truncated"]).astype(np.float32))
     assert flat(together.terminal)[0].sum() == 4
 
 
 def test_the_order_asked_for_is_the_order_given(folder):
-    forth, back = (TaskBuffers.load(folder, tasks, False) for tasks in ([0, 12], [12, 0]))
+    forth, back = (TaskData.load(folder, tasks, False) for tasks in ([0, 12], [12, 0]))
     assert list(back.tasks) == [12, 0]
     assert np.array_equal(forth.observation[::-1], back.observation)
 
 
 def test_a_subset_reads_only_its_own_files(folder):
     (folder / "task=001.parquet").write_bytes(b"damaged")
-    buffers = TaskBuffers.load(folder, [0, 12], False)
+    buffers = TaskData.load(folder, [0, 12], False)
     assert buffers.observation.shape == (2, ROWS, 3)
 
 
 def test_a_task_that_the_dataset_lacks_is_named(folder):
     with pytest.raises(UserError, match=r"5") as caught:
-        TaskBuffers.load(folder, [0, 5], False)
+        TaskData.load(folder, [0, 5], False)
     assert "expert" in str(caught.value)
 
 
 def test_a_missing_file_is_named(folder):
     (folder / "task=012.parquet").unlink()
     with pytest.raises(UserError, match=r"task=012\.parquet"):
-        TaskBuffers.load(folder, [0, 12], False)
+        TaskData.load(folder, [0, 12], False)
 
 
 def test_a_missing_dataset_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
-        TaskBuffers.load(tmp_path / "nowhere", [0], False)
+        TaskData.load(tmp_path / "nowhere", [0], False)
 
 
 def test_tasks_of_different_length_are_refused(tmp_path):
     build(tmp_path / "mixed", {0: make(0), 1: make(1, ROWS - 20)})
     with pytest.raises(UserError, match=r"task=001\.parquet.*40.*60.*task=000\.parquet"):
-        TaskBuffers.load(tmp_path / "mixed", [0, 1], False)
+        TaskData.load(tmp_path / "mixed", [0, 1], False)
 
 
 def test_any_flipped_bit_of_a_dataset_is_refused(folder):
@@ -137,35 +136,35 @@ def test_any_flipped_bit_of_a_dataset_is_refused(folder):
         damaged[place] ^= 1 << (place % 8)
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"task=001\.parquet"):
-            TaskBuffers.load(folder, [0, 1], False)
+            TaskData.load(folder, [0, 1], False)
 
 
 def test_a_file_exchanged_for_another_sound_one_is_refused(folder):
     (folder / "task=001.parquet").write_bytes((folder / "task=000.parquet").read_bytes())
     with pytest.raises(UserError, match=r"task=001\.parquet"):
-        TaskBuffers.load(folder, [1], False)
+        TaskData.load(folder, [1], False)
 
 
 def test_a_damaged_manifest_is_named(folder):
     (folder / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json"):
-        TaskBuffers.load(folder, [0], False)
+        TaskData.load(folder, [0], False)
 
 
-def batches(buffers: TaskBuffers) -> list[torch.Tensor]:
+def batches(buffers: TaskData) -> list[torch.Tensor]:
     """Return the tensors of three draws."""
-    sampler = Sampler(buffers, BatchSizes(meta_batch=4, transitions=8, context=6), True, 3, torch.device("cpu"))
+    sampler = Sampler(buffers, BatchSpec(meta_batch=4, transitions=8, context=6), True, 3, torch.device("cpu"))
     found: list[torch.Tensor] = []
     for _ in range(3):
         batch = sampler.draw()
-        found += [batch.tasks, *vars(batch.context).values(), *vars(batch.transitions).values()]
+        found += [batch["context"].task, *vars(batch["context"]).values(), *vars(batch["transitions"]).values()]
     return found
 
 
 def test_batches_are_those_of_stacked_columns(folder):
     """The numbers that published results were trained on: one generator, tasks first, then rows of each."""
     tasks = [0, 1, 12]
-    found = batches(TaskBuffers.load(folder, tasks))
+    found = batches(TaskData.load(folder, tasks))
     columns = {name: torch.from_numpy(np.stack([make(t)[name] for t in tasks])) for name in (*FIELDS, "terminated")}
     generator = torch.Generator().manual_seed(seeding.integer(3, "sampler"))
     expected: list[torch.Tensor] = []
@@ -185,9 +184,9 @@ def test_batches_are_those_of_stacked_columns(folder):
 
 
 def test_a_mapped_table_gives_the_same_batches(folder, monkeypatch):
-    held = TaskBuffers.load(folder, [0, 1, 12])
+    held = TaskData.load(folder, [0, 1, 12])
     monkeypatch.setattr(buffer, "IN_MEMORY", 100)
-    mapped = TaskBuffers.load(folder, [0, 1, 12])
+    mapped = TaskData.load(folder, [0, 1, 12])
     assert isinstance(mapped.table, np.memmap)
     assert not isinstance(held.table, np.memmap)
     for ours, theirs in zip(batches(mapped), batches(held), strict=True):
@@ -196,7 +195,7 @@ def test_a_mapped_table_gives_the_same_batches(folder, monkeypatch):
 
 
 def test_a_table_is_held_once(folder):
-    buffers = TaskBuffers.load(folder, [0, 1])
+    buffers = TaskData.load(folder, [0, 1])
     assert buffers.packed() is buffers.table
     for name in (*FIELDS, "terminal"):
         assert np.shares_memory(getattr(buffers, name), buffers.table), name

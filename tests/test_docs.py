@@ -11,19 +11,18 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from batches import bag_of, meta_batch, moves_of, update
 from gymnasium.utils.env_checker import check_env
 
 import omrl.algorithms
 import omrl.envs
-from omrl.algorithms.base import MetaBatch, Sizes, create, load_model, save_model
+from omrl.algorithms.base import Spec, create, load_model, save_model
 from omrl.behavior import batched
 from omrl.behavior.base import BehaviorConfig, Run
 from omrl.behavior.checkpoints import load_actor
 from omrl.behavior.rollouts import RolloutsConfig, rollout
 from omrl.core import registry
 from omrl.envs.base import load_family, register_all
-from omrl.nets.actor_critic import Transitions
-from omrl.nets.encoders import Context
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -91,7 +90,7 @@ def awr(tmp_path, monkeypatch):
 def test_the_algorithm_of_the_page_works(awr, tmp_path):
     assert "awr" in registry.names("omrl.algorithms")
     chosen = {"meta_batch": 8, "width": 32, "rate": 3e-3, "gamma": 0.5}
-    algorithm = create(awr, chosen, Sizes(2, 2, False), 0, "cpu")
+    algorithm = create(awr, chosen, Spec(2, 2, False), 0, "cpu")
 
     def draw(seed: int) -> tuple[torch.Tensor, ...]:
         g = torch.Generator().manual_seed(seed)
@@ -102,12 +101,12 @@ def test_the_algorithm_of_the_page_works(awr, tmp_path):
 
     for step in range(400):
         tasks, s, a, r = draw(step)
-        end = Transitions(s, a, r, s, torch.ones(8, 32))
-        scalars = algorithm.update(MetaBatch(tasks, Context(s, a, r), end, lambda: pytest.fail("not needed")))
+        end = moves_of(s, a, r, s, torch.ones(8, 32))
+        scalars = update(algorithm, meta_batch(tasks, bag_of(s, a, r), end))
     assert set(scalars) == {"metric_loss", "v_loss", "policy_loss", "weight"}
     tasks, s, a, r = draw(10**6)
-    z = algorithm.infer(Context(s, a, r))
+    z = algorithm.infer(bag_of(s, a, r))
     # uniform actions, weighted by how good they are: the sides are told apart
-    assert float((algorithm.act(s, z)[..., 0].mean(1) - 0.8 * (1.0 - 2 * tasks)).abs().max()) < 0.3
+    assert float((algorithm.actions(s, z)[..., 0].mean(1) - 0.8 * (1.0 - 2 * tasks)).abs().max()) < 0.3
     save_model(algorithm, tmp_path / "model", "mine", awr)
-    assert torch.equal(load_model(tmp_path / "model", "cpu").act(s, z), algorithm.act(s, z))
+    assert torch.equal(load_model(tmp_path / "model", "cpu").actions(s, z), algorithm.actions(s, z))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from omrl.nets.encoders import Context, DeterministicEncoder, ProbabilisticEncoder, gaussian_kl
+from omrl.nets.encoders import DeterministicEncoder, ProbabilisticEncoder, gaussian_kl
 from omrl.nets.mlp import Mlp, Policy
 
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from omrl.algorithms.base import BatchSizes, MetaAlgorithm, Sizes
+from omrl.algorithms.base import Algorithm, Spec
 from omrl.core.config import Config
-from omrl.data.taskdata import TaskBuffers
+from omrl.data.taskdata import TaskData
 from omrl.envs.base import load_family
 from omrl.evaluation.embeddings import attention, embedding_variance, esr, rms, sample_embeddings, sparsity_curve
 from omrl.evaluation.evaluate import EvaluateConfig
 from omrl.evaluation.protocols import other_tasks_context, restated, run_episodes, run_protocol
-from omrl.nets.encoders import Context
+from omrl.nets.experience import Experience
 
 FAMILY = load_family("sparse-point-robot")
 TASKS = [
@@ -32,7 +32,7 @@ TASKS = [
 ]
 
 
-class GoalReader(MetaAlgorithm):
+class GoalReader(Algorithm):
     """Reads the goal off the context and drives there: an oracle that can be checked to the last bit.
 
     The buffers below carry the goal in their observations, so the mean observation of a context is the goal.
@@ -41,16 +41,16 @@ class GoalReader(MetaAlgorithm):
     CONFIG = Config
 
     def __init__(self) -> None:
-        super().__init__(Config(), Sizes(2, 2, False), 0, "cpu")
+        super().__init__(Config(), Spec(2, 2, False), 0, "cpu")
         self.sizes_seen: list[int] = []
 
-    def batch_sizes(self) -> BatchSizes:
-        return BatchSizes(2, 1, 1)
+    def batch_sizes(self) -> BatchSpec:
+        return BatchSpec(2, 1, 1)
 
     def update(self, batch: Any) -> dict[str, torch.Tensor]:
         return {}
 
-    def infer(self, context: Context) -> torch.Tensor:
+    def infer(self, context: Experience) -> torch.Tensor:
         self.sizes_seen.append(context.observation.shape[1])
         assert context.next_observation is None
         assert float(context.reward.min()) == 7.0  # the sparse column, not the dense one
@@ -69,11 +69,11 @@ class GoalReader(MetaAlgorithm):
         return {}
 
 
-def buffers(rows: int = 50) -> TaskBuffers:
+def buffers(rows: int = 50) -> TaskData:
     goals = np.array([t["parameters"]["goal"] for t in TASKS], dtype=np.float32)
     observation = np.repeat(goals[:, None], rows, axis=1)
     flat = np.zeros((len(TASKS), rows), np.float32)
-    return TaskBuffers(
+    return TaskData(
         tuple(t["index"] for t in TASKS), observation, observation * 0, flat - 5, flat + 7, observation, flat
     )
 
@@ -111,7 +111,7 @@ def test_a_task_is_evaluated_the_same_whoever_else_is():
     alone, _ = run_protocol(
         algorithm,
         FAMILY,
-        TaskBuffers((4,), *(getattr(buffers(), n)[4:] for n in (
+        TaskData((4,), *(getattr(buffers(), n)[4:] for n in (
             "observation", "action", "reward", "sparse_reward", "next_observation", "terminal"
         ))),
         TASKS[4:],
@@ -178,7 +178,7 @@ class Searcher(GoalReader):
         self.contexts: list[Context] = []
         self.acted: list[torch.Tensor] = []
 
-    def infer(self, context: Context) -> torch.Tensor:
+    def infer(self, context: Experience) -> torch.Tensor:
         self.contexts.append(context)
         best = context.reward.argmax(dim=1)
         return context.observation[torch.arange(len(best)), best]
@@ -245,15 +245,15 @@ def test_ood_contexts_come_from_other_training_tasks_with_this_tasks_reward():
 class Weigher(Searcher):
     """The embedding of a transition is its reward; rewarded ones weigh twice as much."""
 
-    def infer(self, context: Context) -> torch.Tensor:
+    def infer(self, context: Experience) -> torch.Tensor:
         return context.reward.mean(dim=1, keepdim=True)
 
-    def attention_weights(self, context: Context) -> torch.Tensor:
+    def attention_weights(self, context: Experience) -> torch.Tensor:
         weights = 1.0 + (context.reward != 0)
         return weights / weights.mean(dim=1, keepdim=True)
 
 
-def mixed_rewards() -> TaskBuffers:
+def mixed_rewards() -> TaskData:
     whole, rng = buffers(400), np.random.default_rng(0)
     whole.sparse_reward[:] = np.where(rng.random((5, 400)) < 0.5, rng.normal(1.0, 0.3, (5, 400)), 0)
     return whole

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import bag_of, meta_batch, moves_of, update
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omrl.algorithms.base import MetaBatch, Sizes, create, load_model, save_model
+from omrl.algorithms.base import Spec, create, load_model, save_model
 from omrl.algorithms.focal import Focal, distance_metric_loss
 from omrl.core.errors import UserError
-from omrl.nets.actor_critic import Transitions
-from omrl.nets.encoders import Context
+from omrl.nets.experience import Experience
 
-SIZES = Sizes(2, 2, False)
+SIZES = Spec(2, 2, False)
 BETA = {-2: 1.0, -1: 2.0, 1: 8.0, 2: 16.0}  # FOCAL Table 5(b)
 SMALL = {
     "latent_dim": 3, "encoder_width": 16, "encoder_depth": 2, "width": 16, "depth": 2,
@@ -32,15 +32,17 @@ def source(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def focal(seed: int = 0, sizes: Sizes = SIZES, **values: Any) -> Focal:
+def focal(seed: int = 0, sizes: Spec = SIZES, **values: Any) -> Focal:
     return create("focal", SMALL | values, sizes, seed, "cpu")
 
 
-def meta_batch(seed: int = 1, tasks: tuple[int, ...] = (0, 1, 1, 2), n: int = 8, context: int = 12) -> MetaBatch:
+def made_batch(
+    seed: int = 1, tasks: tuple[int, ...] = (0, 1, 1, 2), n: int = 8, context: int = 12
+) -> dict[str, Experience]:
     g, m = source(seed), len(tasks)
 
-    def transitions() -> Transitions:
-        return Transitions(
+    def transitions() -> Experience:
+        return moves_of(
             torch.randn(m, n, 2, generator=g),
             torch.rand(m, n, 2, generator=g) * 2 - 1,
             torch.randn(m, n, generator=g),
@@ -48,12 +50,12 @@ def meta_batch(seed: int = 1, tasks: tuple[int, ...] = (0, 1, 1, 2), n: int = 8,
             (torch.rand(m, n, generator=g) < 0.1).float(),
         )
 
-    bag = Context(
+    bag = bag_of(
         torch.randn(m, context, 2, generator=g),
         torch.rand(m, context, 2, generator=g) * 2 - 1,
         torch.randn(m, context, generator=g),
     )
-    return MetaBatch(torch.tensor(tasks), bag, transitions(), transitions)
+    return meta_batch(torch.tensor(tasks), bag, transitions(), transitions)
 
 
 def weights(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -208,16 +210,16 @@ def test_metric_loss_does_not_reach_actor_and_critic(values):
     ran = []
     for weight in (1.0, 100.0):
         algorithm = focal(metric_weight=weight, metric_power=-2 if weight == 1 else 2, **values)
-        algorithm.update(meta_batch())
+        update(algorithm, made_batch())
         ran.append((weights(algorithm.actor_critic), weights(algorithm.encoder)))
     assert equal(ran[0][0], ran[1][0])
     assert not equal(ran[0][1], ran[1][1])
 
 
-def with_rewards(batch: MetaBatch, factor: float) -> MetaBatch:
-    old = batch.transitions
-    new = Transitions(old.observation, old.action, old.reward * factor, old.next_observation, old.terminal)
-    return MetaBatch(batch.tasks, batch.context, new, batch.more)
+def with_rewards(batch: dict[str, Experience], factor: float) -> dict[str, Experience]:
+    old = batch["transitions"]
+    new = moves_of(old.observation, old.action, old.reward * factor, old.next_observation, old.terminal)
+    return meta_batch(batch["context"].task, batch["context"], new, batch.more)
 
 
 @pytest.mark.parametrize("values", [{}, {"encoder": "probabilistic"}], ids=["deterministic", "probabilistic"])
@@ -227,7 +229,7 @@ def test_bellman_gradients_reach_the_encoder_only_when_coupled(coupled, values):
     ran = []
     for factor in (1.0, -3.0):
         algorithm = focal(coupled=coupled, **values)
-        algorithm.update(with_rewards(meta_batch(), factor))
+        update(algorithm, with_rewards(made_batch(), factor))
         ran.append((weights(algorithm.encoder), weights(algorithm.actor_critic.q)))
     assert equal(ran[0][0], ran[1][0]) == (not coupled)
     assert not equal(ran[0][1], ran[1][1])
@@ -236,20 +238,20 @@ def test_bellman_gradients_reach_the_encoder_only_when_coupled(coupled, values):
 def test_encoder_sees_the_context_reward_and_nothing_else_does():
     ran = []
     for sparse in (0.0, 1.0):
-        batch, algorithm = meta_batch(), focal()
-        bag = batch.context
-        changed = Context(bag.observation, bag.action, bag.reward * sparse)
+        batch, algorithm = made_batch(), focal()
+        bag = batch["context"]
+        changed = bag_of(bag.observation, bag.action, bag.reward * sparse)
         z = algorithm.infer(changed)
         # the actor-critic alone, with the embedding held equal: its numbers are those of the dense rewards
-        scalars = algorithm.actor_critic.update(batch.transitions, torch.zeros(4, 3), [])
+        scalars = algorithm.actor_critic.update(batch["transitions"], torch.zeros(4, 3), [])
         ran.append((z, scalars["q_loss"]))
     assert not torch.equal(ran[0][0], ran[1][0])
     assert torch.equal(ran[0][1], ran[1][1])
 
 
 def test_a_repeated_task_keeps_an_embedding_of_its_own():
-    algorithm, batch = focal(), meta_batch()
-    z = algorithm.infer(batch.context)
+    algorithm, batch = focal(), made_batch()
+    z = algorithm.infer(batch["context"])
     assert not torch.equal(z[1], z[2])  # tasks 1 and 1, two contexts
 
 
@@ -282,7 +284,7 @@ ARMS = {
 def test_every_arm_runs_repeats_itself_and_stays_finite(arm):
     def run() -> tuple[list[dict[str, float]], list[torch.Tensor]]:
         algorithm = focal(**ARMS[arm])
-        rows = [{k: float(v) for k, v in algorithm.update(meta_batch(i)).items()} for i in range(3)]
+        rows = [{k: float(v) for k, v in update(algorithm, made_batch(i)).items()} for i in range(3)]
         return rows, list(algorithm.model_state().values())
 
     one, two = run(), run()
@@ -298,35 +300,37 @@ def test_every_arm_runs_repeats_itself_and_stays_finite(arm):
 
 
 def test_scalars_tell_the_arm():
-    batch = meta_batch()
-    assert "kl" not in focal().update(batch)
-    assert {"kl", "metric_loss"} <= set(focal(encoder="probabilistic").update(batch))
-    assert "metric_loss" not in focal(encoder="probabilistic", probabilistic_metric=False).update(batch)
-    assert "divergence" in focal(**BOTH_PENALTIES).update(batch)
+    batch = made_batch()
+    assert "kl" not in update(focal(), batch)
+    assert {"kl", "metric_loss"} <= set(update(focal(encoder="probabilistic"), batch))
+    assert "metric_loss" not in update(focal(encoder="probabilistic", probabilistic_metric=False), batch)
+    assert "divergence" in update(focal(**BOTH_PENALTIES), batch)
 
 
 def test_metric_scalar_is_the_weighted_loss_of_the_batch():
-    batch, algorithm = meta_batch(), focal(metric_weight=7.0, metric_power=-1, metric_eps=0.3, metric_beta=2.5)
-    z = algorithm.infer(batch.context).double().numpy()
-    expected = 7 * by_pairs(z, batch.tasks.tolist(), -1, "released", 2.5, 0.3)
-    assert float(algorithm.update(batch)["metric_loss"]) == pytest.approx(expected, rel=1e-5)
+    batch, algorithm = made_batch(), focal(metric_weight=7.0, metric_power=-1, metric_eps=0.3, metric_beta=2.5)
+    z = algorithm.infer(batch["context"]).double().numpy()
+    expected = 7 * by_pairs(z, batch["context"].task.tolist(), -1, "released", 2.5, 0.3)
+    assert float(update(algorithm, batch)["metric_loss"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_inference_of_the_probabilistic_encoder_is_its_mean():
-    algorithm, batch = focal(encoder="probabilistic"), meta_batch()
-    assert torch.equal(algorithm.infer(batch.context), algorithm.infer(batch.context))
-    assert torch.equal(algorithm.infer(batch.context), algorithm.encoder(batch.context.rows())[0].detach())
+    algorithm, batch = focal(encoder="probabilistic"), made_batch()
+    assert torch.equal(algorithm.infer(batch["context"]), algorithm.infer(batch["context"]))
+    assert torch.equal(
+        algorithm.infer(batch["context"]), algorithm.encoder(algorithm.rows(batch["context"]))[0].detach()
+    )
 
 
 def test_fresh_batches_are_drawn_only_for_the_discriminator():
     drawn: list[int] = []
     for values, expected in (({}, 0), (BOTH_PENALTIES, 2)):
-        batch = meta_batch()
+        batch = made_batch()
         draw = batch.more
         more = lambda draw=draw: (drawn.append(1), draw())[1]  # noqa: E731
-        counted = MetaBatch(batch.tasks, batch.context, batch.transitions, more)
+        counted = meta_batch(batch["context"].task, batch["context"], batch["transitions"], more)
         drawn.clear()
-        focal(**values).update(counted)
+        update(focal(**values), counted)
         assert len(drawn) == expected
 
 
@@ -343,11 +347,11 @@ def test_actions_use_their_own_tasks_embedding():
     with torch.no_grad():
         algorithm.actor_critic.policy.trunk.weights[-1].mul_(500)
     seen, z = torch.randn(3, 4, 2, generator=source(0)), torch.randn(3, 3, generator=source(1))
-    actions = algorithm.act(seen, z)
+    actions = algorithm.actions(seen, z)
     assert actions.shape == (3, 4, 2)
     assert float(actions.abs().max()) <= 1
     for task in range(3):
-        alone = algorithm.act(seen[task : task + 1], z[task : task + 1])
+        alone = algorithm.actions(seen[task : task + 1], z[task : task + 1])
         torch.testing.assert_close(alone[0], actions[task])
         mean, _ = algorithm.actor_critic.policy(torch.cat([seen[task], z[task].expand(4, 3)], 1))
         torch.testing.assert_close(torch.tanh(mean).detach(), actions[task])
@@ -358,14 +362,14 @@ def test_actions_use_their_own_tasks_embedding():
 def test_a_saved_model_acts_alike(arm, tmp_path):
     algorithm = focal(seed=5, **ARMS[arm])
     for i in range(2):
-        algorithm.update(meta_batch(i))
+        update(algorithm, made_batch(i))
     save_model(algorithm, tmp_path, "mine", "focal")
     loaded = load_model(tmp_path, "cpu")
-    batch = meta_batch()
-    z = algorithm.infer(batch.context)
-    assert torch.equal(loaded.infer(batch.context), z)
-    observation = batch.transitions.observation
-    assert torch.equal(loaded.act(observation, z), algorithm.act(observation, z))
+    batch = made_batch()
+    z = algorithm.infer(batch["context"])
+    assert torch.equal(loaded.infer(batch["context"]), z)
+    observation = batch["transitions"].observation
+    assert torch.equal(loaded.actions(observation, z), algorithm.actions(observation, z))
     assert loaded.config == algorithm.config
     assert loaded.sizes == algorithm.sizes
     saved = json.loads((tmp_path / "config.json").read_text())
@@ -375,7 +379,7 @@ def test_a_saved_model_acts_alike(arm, tmp_path):
 def test_saving_twice_gives_the_same_bytes(tmp_path):
     for folder in ("a", "b"):
         algorithm = focal()
-        algorithm.update(meta_batch())
+        update(algorithm, made_batch())
         save_model(algorithm, tmp_path / folder, "focal", "focal")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -412,15 +416,15 @@ def test_a_model_of_another_configuration_is_named(tmp_path):
 def test_training_goes_on_from_a_saved_state_as_if_never_stopped(arm):
     whole = focal(**ARMS[arm])
     for i in range(4):
-        whole.update(meta_batch(i))
+        whole.update(made_batch(i))
     first = focal(**ARMS[arm])
     for i in range(2):
-        first.update(meta_batch(i))
+        update(first, made_batch(i))
     state = {name: value.clone() for name, value in first.training_state().items()}
     second = focal(seed=99, **ARMS[arm])  # whatever it was: the state is all
     second.load_training_state(copy.deepcopy(state))
     for i in range(2, 4):
-        second.update(meta_batch(i))
+        update(second, made_batch(i))
     expected, got = whole.training_state(), second.training_state()
     assert expected.keys() == got.keys()
     for name, value in expected.items():
@@ -463,9 +467,9 @@ def test_an_unknown_algorithm_gets_a_suggestion():
 
 
 def test_context_width_follows_the_sizes():
-    assert Sizes(2, 2, False).context == 5  # Sparse-Point-Robot
-    assert Sizes(2, 2, True).context == 7  # Point-Robot-Wind
-    assert focal(sizes=Sizes(3, 1, True)).encoder.net.weights[0].shape[1] == 8
+    assert Spec(2, 2, False).context == 5  # Sparse-Point-Robot
+    assert Spec(2, 2, True).context == 7  # Point-Robot-Wind
+    assert focal(sizes=Spec(3, 1, True)).encoder.net.weights[0].shape[1] == 8
 
 
 # --- it learns -------------------------------------------------------------------------------------------------
@@ -490,15 +494,13 @@ def test_two_goals_are_told_apart_and_solved():
     for step in range(500):
         tasks, s, a, r, s2 = two_goals(step, 8, 32)
         end = torch.ones(8, 32)
-        algorithm.update(
-            MetaBatch(tasks, Context(s, a, r), Transitions(s, a, r, s2, end), lambda: pytest.fail("not needed"))
-        )
+        update(algorithm, meta_batch(tasks, bag_of(s, a, r), moves_of(s, a, r, s2, end)))
     tasks, s, a, r, _ = two_goals(10**6, 16, 32)
-    z = algorithm.infer(Context(s, a, r))
+    z = algorithm.infer(bag_of(s, a, r))
     centres = torch.stack([z[tasks == task].mean(0) for task in (0, 1)])
     spread = max(float((z[tasks == task] - centres[task]).norm(dim=-1).max()) for task in (0, 1))
     assert float((centres[0] - centres[1]).norm()) > 5 * spread
-    chosen = algorithm.act(s, z)[..., 0].mean(1)
+    chosen = algorithm.actions(s, z)[..., 0].mean(1)
     assert float((chosen - 0.8 * torch.tensor([1.0, -1.0])[tasks]).abs().max()) < 0.2
 
 
@@ -545,9 +547,9 @@ GOLDEN: dict[str, dict[str, float]] = {
 def test_golden_numbers(arm, double_precision):
     algorithm = focal(**ARMS[arm])
     for i in range(3):
-        scalars = algorithm.update(meta_batch(i))
-    batch = meta_batch(9)
-    action = algorithm.act(batch.transitions.observation, algorithm.infer(batch.context))[0, 0]
+        scalars = update(algorithm, made_batch(i))
+    batch = made_batch(9)
+    action = algorithm.actions(batch["transitions"].observation, algorithm.infer(batch["context"]))[0, 0]
     got = {name: float(value) for name, value in scalars.items()}
     for name, module in (("encoder", algorithm.encoder), ("q", algorithm.actor_critic.q),
                          ("policy", algorithm.actor_critic.policy)):  # fmt: skip
@@ -560,7 +562,7 @@ def test_golden_numbers(arm, double_precision):
 def test_without_a_metric_loss_the_encoder_stays_as_it_was_and_the_policy_learns():
     algorithm = focal(metric_weight=0.0)
     before = copy.deepcopy({name: module.state_dict() for name, module in algorithm.modules().items()})
-    assert "metric_loss" not in algorithm.update(meta_batch())
+    assert "metric_loss" not in update(algorithm, made_batch())
     after = {name: module.state_dict() for name, module in algorithm.modules().items()}
     assert all(torch.equal(before["encoder"][key], value) for key, value in after["encoder"].items())
     assert any(not torch.equal(before["actor_critic"][key], value) for key, value in after["actor_critic"].items())

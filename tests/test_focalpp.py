@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from batches import bag_of, meta_batch, moves_of, update
 
-from omrl.algorithms.base import MetaBatch, Sizes, create, load_model, save_model
+from omrl.algorithms.base import Spec, create, load_model, save_model
 from omrl.algorithms.focalpp import Focalpp, matrix_contrast
 from omrl.core.errors import UserError
-from omrl.nets.actor_critic import Transitions
 from omrl.nets.attention import AttentionEncoder, Block
-from omrl.nets.encoders import Context
+from omrl.nets.experience import Experience
 
 SMALL = {
     "latent_dim": 3, "hidden": 16, "heads": 4, "blocks": 2, "reduction": 4, "encoder_width": 16, "encoder_depth": 2,
@@ -35,14 +35,14 @@ def source(seed: int) -> torch.Generator:
 
 
 def focalpp(seed: int = 0, **values: Any) -> Focalpp:
-    return create("focalpp", SMALL | values, Sizes(2, 2, False), seed, "cpu")
+    return create("focalpp", SMALL | values, Spec(2, 2, False), seed, "cpu")
 
 
-def meta_batch(seed: int = 1, scale: float = 1.0) -> MetaBatch:
+def made_batch(seed: int = 1, scale: float = 1.0) -> dict[str, Experience]:
     g, tasks = source(seed), torch.tensor([0, 1, 1, 2])
     s, a, r = torch.randn(4, 12, 2, generator=g), torch.rand(4, 12, 2, generator=g), torch.randn(4, 12, generator=g)
-    moves = Transitions(s[:, :8], a[:, :8], r[:, :8] * scale, s[:, :8] + 0.1, torch.zeros(4, 8))
-    return MetaBatch(tasks, Context(s, a, r), moves, lambda: moves)
+    moves = moves_of(s[:, :8], a[:, :8], r[:, :8] * scale, s[:, :8] + 0.1, torch.zeros(4, 8))
+    return meta_batch(tasks, bag_of(s, a, r), moves, lambda: moves)
 
 
 def shaken(algorithm: Focalpp) -> Focalpp:
@@ -91,7 +91,7 @@ def test_a_block_is_the_identity_at_initialization(kind):
 
 @pytest.mark.parametrize("arm", ["full", "batch", "row"])
 def test_weights_start_at_one_and_keep_mean_one(arm):
-    context = meta_batch().context
+    context = made_batch().context
     torch.testing.assert_close(focalpp(**ARMS[arm]).attention_weights(context), torch.ones(4, 12))
     weights = shaken(focalpp(**ARMS[arm])).attention_weights(context)
     torch.testing.assert_close(weights.mean(1), torch.ones(4))
@@ -101,9 +101,9 @@ def test_weights_start_at_one_and_keep_mean_one(arm):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_order_of_the_context_does_not_matter(arm):
-    algorithm, c = shaken(focalpp(**ARMS[arm])), meta_batch().context
+    algorithm, c = shaken(focalpp(**ARMS[arm])), made_batch().context
     order = torch.randperm(12, generator=source(3))
-    other = Context(c.observation[:, order], c.action[:, order], c.reward[:, order])
+    other = bag_of(c.observation[:, order], c.action[:, order], c.reward[:, order])
     torch.testing.assert_close(algorithm.infer(other), algorithm.infer(c))
     torch.testing.assert_close(algorithm.attention_weights(other), algorithm.attention_weights(c)[:, order])
     assert float(algorithm.infer(c).abs().max()) < 1 + 1e-6  # tanh saturates to 1 in float32
@@ -115,14 +115,14 @@ def test_entries_attend_to_each_other_and_a_row_cannot():
         encoder = focalpp(tokens=tokens).encoder
         assert isinstance(encoder, AttentionEncoder)
         encoder.blocks[0].attention.register_forward_hook(lambda m, i, o, seen=seen: seen.append(i[0].shape[1]))
-        encoder(meta_batch().context.rows())
+        encoder(made_batch().context.rows())
         assert seen == [expected]
 
 
 def test_key_follows_the_stepped_encoder():
     algorithm = focalpp(momentum=0.75)
     before = copies(algorithm.key)
-    algorithm.update(meta_batch())
+    update(algorithm, made_batch())
     for old, new, query in zip(before, copies(algorithm.key), copies(algorithm.encoder), strict=True):
         torch.testing.assert_close(new, 0.75 * old + 0.25 * query)
     assert any(not torch.equal(a, b) for a, b in zip(before, copies(algorithm.encoder), strict=True))
@@ -130,8 +130,8 @@ def test_key_follows_the_stepped_encoder():
 
 def test_dense_rewards_do_not_reach_the_encoder():
     one, two = focalpp(), focalpp()
-    one.update(meta_batch())
-    two.update(meta_batch(scale=-3.0))
+    update(one, made_batch())
+    update(two, made_batch(scale=-3.0))
     assert all(torch.equal(a, b) for a, b in zip(copies(one.encoder), copies(two.encoder), strict=True))
     assert any(
         not torch.equal(a, b) for a, b in zip(copies(one.actor_critic.q), copies(two.actor_critic.q), strict=True)
@@ -156,18 +156,18 @@ def test_arms_have_no_parts_that_they_do_not_use():
 def test_every_arm_trains_saves_and_goes_on(arm, tmp_path):
     whole, first, second = (focalpp(seed, **ARMS[arm]) for seed in (0, 0, 9))
     for i in range(4):
-        scalars = whole.update(meta_batch(i))
+        scalars = whole.update(made_batch(i))
     assert all(torch.isfinite(value) for value in scalars.values())
     for i in range(2):
-        first.update(meta_batch(i))
+        update(first, made_batch(i))
     second.load_training_state({k: v.clone() for k, v in first.training_state().items()})
     for i in range(2, 4):
-        second.update(meta_batch(i))
+        update(second, made_batch(i))
     state, other = whole.training_state(), second.training_state()
     assert state.keys() == other.keys()
     assert all(torch.equal(state[k], other[k]) for k in state)
     save_model(whole, tmp_path, "mine", "focalpp")
-    assert torch.equal(load_model(tmp_path, "cpu").infer(meta_batch().context), whole.infer(meta_batch().context))
+    assert torch.equal(load_model(tmp_path, "cpu").infer(made_batch().context), whole.infer(made_batch().context))
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,10 @@ def test_two_goals_are_told_apart_and_solved(arm):
 
     for step in range(500):
         tasks, s, a, r = draw(step)
-        end = Transitions(s, a, r, s, torch.ones(8, 32))
-        algorithm.update(MetaBatch(tasks, Context(s, a, r), end, lambda: pytest.fail("not needed")))
+        end = moves_of(s, a, r, s, torch.ones(8, 32))
+        update(algorithm, meta_batch(tasks, bag_of(s, a, r), end))
     tasks, s, a, r = draw(10**6)
-    chosen = algorithm.act(s, algorithm.infer(Context(s, a, r)))[..., 0].mean(1)
+    chosen = algorithm.actions(s, algorithm.infer(bag_of(s, a, r)))[..., 0].mean(1)
     assert float((chosen - 0.8 * (1.0 - 2 * tasks)).abs().max()) < 0.25
 
 
@@ -291,10 +291,10 @@ def test_golden_numbers(arm, double_precision):
     if arm != "contrastive":
         shaken(algorithm)
     for i in range(3):
-        scalars = algorithm.update(meta_batch(i))
-    batch = meta_batch(9)
-    z = algorithm.infer(batch.context)
-    action = algorithm.act(batch.transitions.observation, z)[0, 0]
+        scalars = update(algorithm, made_batch(i))
+    batch = made_batch(9)
+    z = algorithm.infer(batch["context"])
+    action = algorithm.actions(batch["transitions"].observation, z)[0, 0]
     got = {name: float(value) for name, value in scalars.items()}
     got |= {"z_0": float(z[0, 0]), "z_1": float(z[0, 1]), "action_0": float(action[0]), "action_1": float(action[1])}
     for name, module in algorithm.modules().items():

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import bag_of, meta_batch, moves_of, update
 from torch.distributions import Normal, kl_divergence
 
-from omrl.algorithms.base import MetaBatch, Sizes, create
+from omrl.algorithms.base import Spec, create
 from omrl.algorithms.mbml import Mbml
 from omrl.core.errors import UserError
 from omrl.learning.train import Curve
-from omrl.nets.actor_critic import Transitions
-from omrl.nets.encoders import Context
+from omrl.nets.experience import Experience
 from omrl.nets.mlp import Mlp
 
 TASKS, LATENT = 3, 4
@@ -33,7 +33,7 @@ SMALL = {
 
 
 def make(seed: int = 0, with_next: bool = False, **values: Any) -> Mbml:
-    algorithm = create("mbml", SMALL | values, Sizes(2, 2, with_next), seed, "cpu")
+    algorithm = create("mbml", SMALL | values, Spec(2, 2, with_next), seed, "cpu")
     assert isinstance(algorithm, Mbml)
     with torch.no_grad():  # away from the start, where everything is all but zero
         for part in (algorithm.teachers, algorithm.student):
@@ -42,13 +42,13 @@ def make(seed: int = 0, with_next: bool = False, **values: Any) -> Mbml:
     return algorithm
 
 
-def meta_batch(seed: int = 1, with_next: bool = False, drawn: tuple[int, ...] = DRAWN) -> MetaBatch:
+def made_batch(seed: int = 1, with_next: bool = False, drawn: tuple[int, ...] = DRAWN) -> dict[str, Experience]:
     g = torch.Generator().manual_seed(seed)
     s, a = torch.randn(4, 14, 2, generator=g), torch.rand(4, 14, 2, generator=g) * 2 - 1
     r, ends = torch.randn(4, 14, generator=g), (torch.rand(4, 8, generator=g) < 0.3).float()
-    moves = Transitions(s[:, :8], a[:, :8], r[:, :8], s[:, :8] + 0.1 * a[:, :8], ends)
-    context = Context(s[:, 8:], a[:, 8:], r[:, 8:], s[:, 8:] + 0.1 * a[:, 8:] if with_next else None)
-    return MetaBatch(torch.tensor(drawn), context, moves, lambda: pytest.fail("MBML needs one batch"))
+    moves = moves_of(s[:, :8], a[:, :8], r[:, :8], s[:, :8] + 0.1 * a[:, :8], ends)
+    context = bag_of(s[:, 8:], a[:, 8:], r[:, 8:], s[:, 8:] + 0.1 * a[:, 8:] if with_next else None)
+    return meta_batch(torch.tensor(drawn), context, moves)
 
 
 def double(net: Mlp, x: np.ndarray, place_in_stack: int = 0) -> np.ndarray:
@@ -91,12 +91,12 @@ def product(factors: np.ndarray) -> Normal:
 @pytest.mark.parametrize("with_next", [False, True])
 def test_teaching_losses_in_double_precision(with_next):
     algorithm = make(with_next=with_next, gamma=0.9, reward_scale=0.1, soft_min=0.6, perturbation=0.4)
-    batch, teachers, stream = meta_batch(with_next=with_next), algorithm.teachers, stream_of(algorithm)
+    batch, teachers, stream = made_batch(with_next=with_next), algorithm.teachers, stream_of(algorithm)
     far = torch.randn(4, 8, 2, generator=torch.Generator().manual_seed(5)) * 3  # s' that s does not pass for
-    batch = replace(batch, transitions=replace(batch.transitions, next_observation=far))
+    batch = replace(batch, transitions=replace(batch["transitions"], next_observation=far))
     noise = torch.randn(4, 8, LATENT, generator=stream).double().numpy()
     latents = torch.randn(4, 40, LATENT, generator=stream).double().numpy().clip(-0.5, 0.5).reshape(4, 8, 5, LATENT)
-    t, c, squared, kl, errors, model = batch.transitions, batch.context, [], [], [], []
+    t, c, squared, kl, errors, model = batch["transitions"], batch["context"], [], [], [], []
     for i, task in enumerate(DRAWN):
         for j in range(8):
             state, action = t.observation[i, j], t.action[i, j]
@@ -118,7 +118,7 @@ def test_teaching_losses_in_double_precision(with_next):
         for member in range(3):
             found = double(teachers.models, side(c.observation[i], c.action[i]), task * 3 + member)
             model.append((found - wanted) ** 2)
-    scalars = algorithm.update(batch)
+    scalars = update(algorithm, batch)
     assert float(scalars["vae_loss"]) == pytest.approx(np.mean(squared) + 0.5 * np.mean(kl), rel=1e-4)
     assert float(scalars["q_loss"]) == pytest.approx(np.mean(errors, axis=0).sum(), rel=1e-4)
     assert float(scalars["model_loss"]) == pytest.approx(np.mean(model), rel=1e-4)
@@ -127,7 +127,7 @@ def test_teaching_losses_in_double_precision(with_next):
 def test_a_task_learns_from_its_own_rows_only():
     algorithm = make()
     start = copy.deepcopy(algorithm)
-    algorithm.update(meta_batch(drawn=(2, 2, 0, 0)))
+    update(algorithm, made_batch(drawn=(2, 2, 0, 0)))
     for name, net in algorithm.teachers.named_children():
         per_task = 3 if name == "models" else 1
         for old, new in zip(getattr(start.teachers, name).parameters(), net.parameters(), strict=True):
@@ -142,7 +142,7 @@ def test_targets_follow_slowly():
     algorithm = make(tau=0.25)
     teachers = algorithm.teachers
     old = copies(teachers.target_q), copies(teachers.target_shift)
-    algorithm.update(meta_batch())
+    update(algorithm, made_batch())
     for before, target, online in zip(
         old, (teachers.target_q, teachers.target_shift), (teachers.q, teachers.shift), strict=True
     ):
@@ -156,8 +156,8 @@ def test_targets_follow_slowly():
 @pytest.mark.parametrize("with_next", [False, True])
 def test_distillation_losses_in_double_precision(with_next):
     algorithm = make(with_next=with_next, bcq_steps=0, margin=0.7, perturbation=0.4)
-    batch, teachers, student = meta_batch(with_next=with_next), algorithm.teachers, algorithm.student
-    c, t, stream = batch.context, batch.transitions, stream_of(algorithm)
+    batch, teachers, student = made_batch(with_next=with_next), algorithm.teachers, algorithm.student
+    c, t, stream = batch["context"], batch["transitions"], stream_of(algorithm)
     own, moved = [], {}
     for i in range(4):
         following = [c.next_observation[i]] if with_next else []
@@ -193,7 +193,7 @@ def test_distillation_losses_in_double_precision(with_next):
             decoded_errors.append((decoded - action) ** 2)
             goals = np.tanh(double(teachers.shift, side(state, action), task))
             shift_errors.append((np.tanh(double(student.shift, side(state, z[i], action))) - goals) ** 2)
-    scalars = {name: float(value) for name, value in algorithm.update(batch).items()}
+    scalars = {name: float(value) for name, value in update(algorithm, batch).items()}
     assert scalars["triplet_loss"] == pytest.approx(np.mean(pairs), rel=1e-3, abs=1e-6)
     assert scalars["triplet_loss"] > 0
     assert scalars["kl"] == pytest.approx(kl, rel=1e-4)
@@ -204,29 +204,29 @@ def test_distillation_losses_in_double_precision(with_next):
 
 def test_rows_that_the_ensemble_disagrees_on_are_left_out():
     everything, nothing = (make(bcq_steps=0, threshold=threshold, margin=0.7) for threshold in (1e9, 1e-9))
-    own = nothing.student.encoder(meta_batch().context.rows().reshape(24, -1)).detach().double().numpy()
+    own = nothing.student.encoder(made_batch().context.rows().reshape(24, -1)).detach().double().numpy()
     expected = sum(
         kl_divergence(product(rows), Normal(torch.zeros(3).double(), torch.ones(3).double())).sum().item()
         for rows in own.reshape(4, 6, 6)
     )
-    scalars = nothing.update(meta_batch())
+    scalars = nothing.update(made_batch())
     assert float(scalars["usable"]) == 0
     assert float(scalars["triplet_loss"]) == pytest.approx(0.7)  # the constant margin
     assert float(scalars["kl"]) == pytest.approx(expected, rel=1e-4)  # the true rows alone
-    assert float(everything.update(meta_batch())["kl"]) != pytest.approx(expected, rel=1e-2)
+    assert float(everything.update(made_batch())["kl"]) != pytest.approx(expected, rel=1e-2)
 
 
 def test_doubt_about_the_next_state_counts_where_the_context_holds_it():
-    batch = meta_batch(with_next=True)
+    batch = made_batch(with_next=True)
     algorithm = make(with_next=True, next_threshold=1e-9)
-    assert float(algorithm.relabelled(batch.context, batch.tasks)[1].sum()) == 0
-    rows, usable = make(with_next=True).relabelled(batch.context, batch.tasks)
+    assert float(algorithm.relabelled(batch["context"], batch["context"].task)[1].sum()) == 0
+    rows, usable = make(with_next=True).relabelled(batch["context"], batch["context"].task)
     assert rows.shape == (4, 4, 6, 7)
     assert float(usable.mean()) == pytest.approx(10 / 16)
 
 
 def test_one_task_alone_has_no_triplet():
-    scalars = make(bcq_steps=0).update(meta_batch(drawn=(1, 1, 1, 1)))
+    scalars = update(make(bcq_steps=0), made_batch(drawn=(1, 1, 1, 1)))
     assert float(scalars["triplet_loss"]) == 0
     assert float(scalars["usable"]) == 0
 
@@ -236,7 +236,7 @@ def test_imitation_does_not_train_the_encoder():
     with torch.no_grad():
         two.teachers.decode.biases[-1].add_(0.5)
     for algorithm in (one, two):
-        algorithm.update(meta_batch())
+        update(algorithm, made_batch())
     for name, alike in (("encoder", True), ("q", True), ("decode", False)):
         gradients = [[p.grad for p in getattr(a.student, name).parameters()] for a in (one, two)]
         assert same(*gradients) == alike, name
@@ -246,7 +246,7 @@ def test_imitation_does_not_train_the_encoder():
 def test_triplet_and_prior_train_the_encoder_and_not_the_student(values):
     one, two = make(bcq_steps=0), make(bcq_steps=0, **values)
     for algorithm in (one, two):
-        algorithm.update(meta_batch())
+        update(algorithm, made_batch())
     for name, alike in (("encoder", False), ("q", True), ("decode", True), ("shift", True)):
         gradients = [[p.grad for p in getattr(a.student, name).parameters()] for a in (one, two)]
         assert same(*gradients) == alike, name
@@ -264,7 +264,7 @@ def test_the_phase_that_rests_is_not_computed():
             for net in unused:
                 for parameter in net.parameters():
                     parameter.fill_(float("nan"))
-        scalars = algorithm.update(meta_batch())
+        scalars = update(algorithm, made_batch())
         assert all(torch.isfinite(value) for value in scalars.values()), resting
         assert all(p.grad is None for p in parts.parameters())
         assert {name.startswith(resting) for name, o in algorithm.optimizers().items() if o.state} == {False}
@@ -273,7 +273,7 @@ def test_the_phase_that_rests_is_not_computed():
 def test_the_curve_keeps_its_columns_across_the_change_of_phase():
     algorithm, curve = make(bcq_steps=3), Curve()
     for step in range(1, 7):
-        curve.add(algorithm.update(meta_batch(step)))
+        curve.add(update(algorithm, made_batch(step)))
         if step % 2 == 0:
             curve.close(step)
     head, *rows = (row.split(",") for row in curve.rows)
@@ -289,12 +289,12 @@ def test_the_curve_keeps_its_columns_across_the_change_of_phase():
 def test_training_goes_on_from_any_phase_as_if_never_stopped(stop):
     whole, first, second = make(bcq_steps=3), make(bcq_steps=3), make(9, bcq_steps=3)
     for i in range(6):
-        whole.update(meta_batch(i))
+        whole.update(made_batch(i))
     for i in range(stop):
-        first.update(meta_batch(i))
+        update(first, made_batch(i))
     second.load_training_state({name: value.clone() for name, value in first.training_state().items()})
     for i in range(stop, 6):
-        second.update(meta_batch(i))
+        update(second, made_batch(i))
     expected, got = whole.training_state(), second.training_state()
     assert expected.keys() == got.keys()
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
@@ -304,10 +304,10 @@ def test_training_goes_on_from_any_phase_as_if_never_stopped(stop):
 
 
 def test_acting_takes_the_candidate_of_the_largest_q_in_double_precision():
-    algorithm, observation = make(perturbation=0.4), meta_batch().transitions.observation
+    algorithm, observation = make(perturbation=0.4), made_batch()["transitions"].observation
     student, stream = algorithm.student, algorithm.generators()["noise"].get_state()
     z = torch.randn(4, 3, generator=torch.Generator().manual_seed(3))
-    actions, places = algorithm.act(observation, z), set()
+    actions, places = algorithm.actions(observation, z), set()
     for i in range(4):
         for j in range(8):
             state, found = side(observation[i, j], z[i]), []
@@ -319,7 +319,7 @@ def test_acting_takes_the_candidate_of_the_largest_q_in_double_precision():
             places.add(place)
             np.testing.assert_allclose(actions[i, j].numpy(), found[place][1], atol=1e-5)
     assert len(places) > 1
-    assert torch.equal(algorithm.act(observation, z), actions)
+    assert torch.equal(algorithm.actions(observation, z), actions)
     assert torch.equal(algorithm.generators()["noise"].get_state(), stream)
 
 
@@ -342,7 +342,7 @@ def test_a_wrong_value_is_refused_by_name(values):
 
 def test_the_number_of_tasks_has_no_default():
     with pytest.raises(UserError, match="tasks"):
-        create("mbml", {}, Sizes(2, 2, False), 0, "cpu")
+        create("mbml", {}, Spec(2, 2, False), 0, "cpu")
 
 
 # --- golden numbers ----------------------------------------------------------------------------------------------
@@ -417,9 +417,9 @@ def test_golden_numbers(phase, with_next):
     try:
         algorithm = make(with_next=with_next, bcq_steps=3 if phase == "teach" else 1, margin=0.7)
         for i in range(3):
-            scalars = algorithm.update(meta_batch(i, with_next))
-        batch = meta_batch(9, with_next)
-        action = algorithm.act(batch.transitions.observation, algorithm.infer(batch.context))[0, 0]
+            scalars = update(algorithm, made_batch(i, with_next))
+        batch = made_batch(9, with_next)
+        action = algorithm.actions(batch["transitions"].observation, algorithm.infer(batch["context"]))[0, 0]
     finally:
         torch.set_num_threads(threads)
     got = {name: float(value) for name, value in scalars.items()}

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import bag_of, meta_batch, moves_of, update
 from torch.distributions import Normal, kl_divergence
 
-from omrl.algorithms.base import MetaBatch, Sizes, create
+from omrl.algorithms.base import Spec, create
 from omrl.algorithms.pearl import Pearl
 from omrl.core.errors import UserError
-from omrl.nets.actor_critic import Transitions
-from omrl.nets.encoders import Context
+from omrl.nets.experience import Experience
 from omrl.nets.mlp import Mlp
 
 SMALL = {
@@ -29,26 +29,26 @@ REGULARIZED = {"regularization": {"kind": "kl-dual", "policy": True, "value_pena
 
 
 def make(seed: int = 0, **values: Any) -> Pearl:
-    algorithm = create("pearl", SMALL | values, Sizes(2, 2, False), seed, "cpu")
+    algorithm = create("pearl", SMALL | values, Spec(2, 2, False), seed, "cpu")
     assert isinstance(algorithm, Pearl)
     return algorithm
 
 
-def meta_batch(seed: int = 1, drawn: list[int] | None = None) -> MetaBatch:
+def made_batch(seed: int = 1, drawn: list[int] | None = None) -> dict[str, Experience]:
     g = torch.Generator().manual_seed(seed)
 
-    def moves() -> Transitions:
+    def moves() -> Experience:
         if drawn is not None:
             drawn.append(1)
         s, a = torch.randn(4, 8, 2, generator=g), torch.rand(4, 8, 2, generator=g) * 2 - 1
         ends = (torch.rand(4, 8, generator=g) < 0.2).float()
-        return Transitions(s, a, torch.randn(4, 8, generator=g), s + 0.1 * a, ends)
+        return moves_of(s, a, torch.randn(4, 8, generator=g), s + 0.1 * a, ends)
 
     first = moves()
     if drawn is not None:
         drawn.clear()
     s, a = torch.randn(4, 12, 2, generator=g), torch.rand(4, 12, 2, generator=g) * 2 - 1
-    return MetaBatch(torch.tensor([0, 1, 1, 2]), Context(s, a, torch.randn(4, 12, generator=g)), first, moves)
+    return meta_batch(torch.tensor([0, 1, 1, 2]), bag_of(s, a, torch.randn(4, 12, generator=g)), first, moves)
 
 
 def spread(algorithm: Pearl) -> Pearl:
@@ -79,7 +79,7 @@ def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
 
 
 def test_a_row_more_never_widens_the_posterior_and_order_does_not_matter():
-    algorithm, rows = spread(make()), meta_batch().context.rows()
+    algorithm, rows = spread(make()), made_batch().context.rows()
     mean, variance = algorithm.encoder(rows)
     turned = algorithm.encoder(rows.flip(1))
     torch.testing.assert_close(turned[0], mean)
@@ -92,7 +92,7 @@ def test_one_factor_alone_is_the_posterior_and_its_mean_is_unbounded():
     algorithm = spread(make())
     with torch.no_grad():
         algorithm.encoder.net.biases[-1][..., :3] = 7.0
-    rows = meta_batch().context.rows()[:, :1]
+    rows = made_batch().context.rows()[:, :1]
     mean, variance = algorithm.encoder(rows)
     raw = double(algorithm.encoder.net, rows[:, 0].double().numpy())
     np.testing.assert_allclose(mean.detach().numpy(), raw[:, :3], rtol=1e-4)
@@ -101,7 +101,7 @@ def test_one_factor_alone_is_the_posterior_and_its_mean_is_unbounded():
 
 
 def test_inference_is_the_posteriors_mean_and_draws_nothing():
-    algorithm, context = spread(make()), meta_batch().context
+    algorithm, context = spread(make()), made_batch().context
     stream = algorithm.generators()["noise"].get_state()
     assert torch.equal(algorithm.infer(context), algorithm.encoder(context.rows())[0].detach())
     assert torch.equal(algorithm.generators()["noise"].get_state(), stream)
@@ -111,36 +111,36 @@ def test_inference_is_the_posteriors_mean_and_draws_nothing():
 
 
 def test_the_first_updates_losses_in_double_precision():
-    algorithm, batch = spread(make(gamma=0.9, reward_scale=5.0)), meta_batch()
-    mean, variance = (v.detach().double() for v in algorithm.encoder(batch.context.rows()))
+    algorithm, batch = spread(make(gamma=0.9, reward_scale=5.0)), made_batch()
+    mean, variance = (v.detach().double() for v in algorithm.encoder(algorithm.rows(batch["context"])))
     kl = kl_divergence(Normal(mean, variance.sqrt()), Normal(torch.zeros_like(mean), torch.ones_like(mean))).sum()
     noise = torch.Generator()
     noise.set_state(algorithm.generators()["noise"].get_state())
     z = (mean + variance.sqrt() * torch.randn(4, 3, generator=noise).double()).numpy()
     actor_critic, losses = algorithm.actor_critic, []
     for i in range(4):
-        t, code = batch.transitions, np.tile(z[i], (8, 1))
+        t, code = batch["transitions"], np.tile(z[i], (8, 1))
         following = double(actor_critic.target, np.concatenate([t.next_observation[i].numpy(), code], 1))[:, 0]
         y = 5 * t.reward[i].double().numpy() + 0.9 * (1 - t.terminal[i].double().numpy()) * following
         inputs = np.concatenate([t.action[i].numpy(), t.observation[i].numpy(), code], axis=1)
         losses.append([((double(actor_critic.q, inputs, k)[:, 0] - y) ** 2).mean() for k in (0, 1)])
-    scalars = algorithm.update(batch)
+    scalars = update(algorithm, batch)
     assert float(scalars["kl"]) == pytest.approx(float(kl), rel=1e-5)
     assert float(scalars["q_loss"]) == pytest.approx(np.mean(losses, axis=0).sum(), rel=1e-4)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1, 1.0])
 def test_the_encoder_descends_critic_loss_and_weighted_kl_and_nothing_else(weight):
-    algorithm, batch = spread(make(kl_weight=weight, reward_scale=5.0)), meta_batch()
+    algorithm, batch = spread(make(kl_weight=weight, reward_scale=5.0)), made_batch()
     before = copy.deepcopy(algorithm)
-    z, kl = before._embed(batch.context.rows())
+    z, kl = before._embed(algorithm.rows(batch["context"]))
     actor_critic = before.actor_critic
     wide = z.unsqueeze(1).expand(4, 8, 3)
-    target = actor_critic.q_target(batch.transitions, z.detach(), None)
-    inputs = torch.cat([batch.transitions.action, batch.transitions.observation, wide], -1).reshape(32, -1)
+    target = actor_critic.q_target(batch["transitions"], z.detach(), None)
+    inputs = torch.cat([batch["transitions"].action, batch["transitions"].observation, wide], -1).reshape(32, -1)
     q_loss = (actor_critic.q(inputs).squeeze(-1) - target).square().mean(-1).sum()
     expected = torch.autograd.grad(q_loss + weight * kl, list(before.encoder.parameters()))
-    assert "kl" in algorithm.update(batch)
+    assert "kl" in update(algorithm, batch)
     for found, gradient in zip(gradients(algorithm.encoder), expected, strict=True):
         torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
 
@@ -150,7 +150,7 @@ def test_neither_policy_nor_value_trains_the_encoder():
     with torch.no_grad():
         other.actor_critic.v.weights[-1].add_(1.0)  # the online V: the target's is another
     for algorithm in (plain, other):
-        algorithm.update(meta_batch())
+        update(algorithm, made_batch())
     assert same(gradients(plain.encoder), gradients(other.encoder))
     assert not same(gradients(plain.actor_critic.policy), gradients(other.actor_critic.policy))
 
@@ -162,7 +162,7 @@ def test_regularization_costs_nothing_where_it_is_off():
     for values, batches in (({}, 0), (REGULARIZED, 2)):
         drawn: list[int] = []
         algorithm = make(**values)
-        scalars = algorithm.update(meta_batch(drawn=drawn))
+        scalars = update(algorithm, made_batch(drawn=drawn))
         assert len(drawn) == batches
         assert ("c" in algorithm.optimizers()) == ("divergence" in scalars) == bool(values)
         assert "metric_loss" not in scalars
@@ -235,9 +235,9 @@ def test_golden_numbers(arm):
     try:
         algorithm = make(**(REGULARIZED if arm == "regularized" else {}))
         for i in range(3):
-            scalars = algorithm.update(meta_batch(i))
-        batch = meta_batch(9)
-        action = algorithm.act(batch.transitions.observation, algorithm.infer(batch.context))[0, 0]
+            scalars = update(algorithm, made_batch(i))
+        batch = made_batch(9)
+        action = algorithm.actions(batch["transitions"].observation, algorithm.infer(batch["context"]))[0, 0]
     finally:
         torch.set_num_threads(threads)
     got = {name: float(value) for name, value in scalars.items()}

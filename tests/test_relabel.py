@@ -17,7 +17,7 @@ from omrl.data import parquet
 from omrl.data.build import build_relabelled
 from omrl.data.relabel import RelabelConfig, merge, merge_stream, quotas, relabel_rows
 from omrl.data.schema import concatenate, keys
-from omrl.data.taskdata import TaskBuffers
+from omrl.data.taskdata import TaskData
 from omrl.envs.base import load_family
 
 # an extra with an environment of its own
@@ -335,7 +335,7 @@ def test_the_folder_is_complete_and_the_same_twice(place, tmp_path):
     manifest = read_json(place / "manifest.json")
     assert manifest["files"]["task=000.parquet"]["rows"] == 52
     assert "data/datasets/mixed" in manifest["inputs"]
-    assert TaskBuffers.load(place, range(5)).rows == 52
+    assert TaskData.load(place, range(5)).rows == 52
     footer = parquet.read_footer(place / "task=002.parquet")
     assert footer["task"] == load_family("sparse-point-robot").sample(2, 1337)
     assert "ab" * 32 in str(footer)  # the checkpoints that acted

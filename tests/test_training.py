@@ -16,18 +16,19 @@ import numpy as np
 import pytest
 import torch
 
-from omrl.algorithms.base import BatchSizes, MetaBatch, Sizes, create, load_model
+from omrl.algorithms.base import Spec, create, load_model
 from omrl.algorithms.focal import Focal
 from omrl.core.config import parse
 from omrl.core.errors import UserError
 from omrl.core.files import read_json, write_json, write_manifest
 from omrl.data import parquet
-from omrl.data.taskdata import TaskBuffers
+from omrl.data.taskdata import TaskData
 from omrl.learning import train as training
 from omrl.learning.train import Curve, MetaTrainConfig, Sampler, build_model, train
+from omrl.nets.experience import Experience
 
 CPU = torch.device("cpu")
-SIZES = Sizes(2, 1, True)
+SIZES = Spec(2, 1, True)
 SMALL = {
     "latent_dim": 2, "encoder_width": 8, "encoder_depth": 1, "width": 8, "depth": 1,
     "meta_batch": 4, "rl_batch": 6, "context_batch": 5,
@@ -42,40 +43,40 @@ def _threads():
     torch.set_num_threads(before)
 
 
-def marked(tasks: int = 3, rows: int = 50) -> TaskBuffers:
+def marked(tasks: int = 3, rows: int = 50) -> TaskData:
     """Transitions whose every number names task, row and column."""
     code = (np.arange(tasks)[:, None] * 1000 + np.arange(rows)).astype(np.float32)
 
     def column(offset: float, width: int) -> np.ndarray:
         return np.stack([code + offset + 0.125 * i for i in range(width)], -1).astype(np.float32)
 
-    return TaskBuffers(
+    return TaskData(
         tuple(range(tasks)), column(10000, 2), column(20000, 1), code + 30000, code + 40000, column(50000, 2),
         (np.arange(rows)[None] % 7 == 0).repeat(tasks, 0).astype(np.float32),
     )  # fmt: skip
 
 
-def sampler(sizes: BatchSizes, seed: int = 0, with_next: bool = True, **shape: int) -> Sampler:
+def sampler(sizes: BatchSpec, seed: int = 0, with_next: bool = True, **shape: int) -> Sampler:
     return Sampler(marked(**shape), sizes, with_next, seed, CPU)
 
 
 # --- sampler ---------------------------------------------------------------------------------------------------
 
 
-def check(batch: MetaBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def check(batch: dict[str, Experience]) -> tuple[torch.Tensor, torch.Tensor]:
     """All fields of a row belong together and to the row's task; return the rows of RL and context batch."""
-    t, c = batch.transitions, batch.context
+    t, c = batch["transitions"], batch["context"]
     code = t.reward - 30000  # dense
     assert torch.equal(t.observation, torch.stack([code + 10000, code + 10000.125], -1))
     assert torch.equal(t.action, (code + 20000)[..., None])
     assert torch.equal(t.next_observation, torch.stack([code + 50000, code + 50000.125], -1))
     row = code % 1000
     assert torch.equal(t.terminal, (row % 7 == 0).float())
-    assert torch.equal(code // 1000, batch.tasks[:, None].expand_as(code).float())
+    assert torch.equal(code // 1000, batch["context"].task[:, None].expand_as(code).float())
     seen = c.reward - 40000  # sparse
     assert torch.equal(c.observation, torch.stack([seen + 10000, seen + 10000.125], -1))
     assert torch.equal(c.action, (seen + 20000)[..., None])
-    assert torch.equal(seen // 1000, batch.tasks[:, None].expand_as(seen).float())
+    assert torch.equal(seen // 1000, batch["context"].task[:, None].expand_as(seen).float())
     if c.next_observation is not None:
         assert torch.equal(c.next_observation, torch.stack([seen + 50000, seen + 50000.125], -1))
     return row, seen % 1000
@@ -83,27 +84,27 @@ def check(batch: MetaBatch) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_rows_belong_together_and_rewards_go_to_their_readers():
     """The encoder gets the sparse reward, actor and critic the dense one."""
-    drawn = sampler(BatchSizes(8, 16, 12))
+    drawn = sampler(BatchSpec(8, 16, 12))
     for _ in range(5):
         batch = drawn.draw()
-        assert batch.transitions.observation.shape == (8, 12, 2)
-        assert batch.context.rows().shape == (8, 16, 6)
+        assert batch["transitions"].observation.shape == (8, 12, 2)
+        assert algorithm.rows(batch["context"]).shape == (8, 16, 6)
         check(batch)
 
 
 def test_context_has_next_observations_only_when_asked():
-    assert sampler(BatchSizes(2, 3, 4), with_next=False).draw().context.next_observation is None
+    assert sampler(BatchSpec(2, 3, 4), with_next=False).draw().context.next_observation is None
 
 
 def test_tasks_repeat_and_each_repeat_draws_its_own():
-    drawn, repeats = sampler(BatchSizes(8, 40, 40), rows=1000), 0
+    drawn, repeats = sampler(BatchSpec(8, 40, 40), rows=1000), 0
     for _ in range(10):
         batch = drawn.draw()
         rl, context = check(batch)
         for i in range(8):
             assert not torch.equal(rl[i], context[i])  # independent draws
             for j in range(i):
-                if batch.tasks[i] == batch.tasks[j]:
+                if batch["context"].task[i] == batch["context"].task[j]:
                     repeats += 1
                     assert not torch.equal(rl[i], rl[j])
                     assert not torch.equal(context[i], context[j])
@@ -111,25 +112,25 @@ def test_tasks_repeat_and_each_repeat_draws_its_own():
 
 
 def test_a_context_size_of_zero_means_the_rl_batch_itself():
-    rl, context = check(sampler(BatchSizes(4, 0, 9)).draw())
+    rl, context = check(sampler(BatchSpec(4, 0, 9)).draw())
     assert torch.equal(rl, context)
 
 
 def test_more_are_other_transitions_of_the_same_tasks():
-    batch = sampler(BatchSizes(4, 5, 20), rows=1000).draw()
+    batch = sampler(BatchSpec(4, 5, 20), rows=1000).draw()
     first, second = batch.more(), batch.more()
     for more in (first, second):
         tasks = (more.reward - 30000) // 1000
-        assert torch.equal(tasks, batch.tasks[:, None].expand_as(tasks).float())
-        assert not torch.equal(more.reward, batch.transitions.reward)
+        assert torch.equal(tasks, batch["context"].task[:, None].expand_as(tasks).float())
+        assert not torch.equal(more.reward, batch["transitions"].reward)
     assert not torch.equal(first.reward, second.reward)
 
 
 def test_tasks_and_rows_are_uniform():
-    drawn, tasks, rows = sampler(BatchSizes(16, 4, 64), rows=10), np.zeros(3), np.zeros(10)
+    drawn, tasks, rows = sampler(BatchSpec(16, 4, 64), rows=10), np.zeros(3), np.zeros(10)
     for _ in range(300):
         batch = drawn.draw()
-        tasks += np.bincount(batch.tasks.numpy(), minlength=3)
+        tasks += np.bincount(batch["context"].task.numpy(), minlength=3)
         rows += np.bincount(check(batch)[0].int().numpy().ravel(), minlength=10)
     # five standard deviations
     assert np.abs(tasks - 1600).max() < 5 * np.sqrt(4800 * 2 / 9)
@@ -138,7 +139,7 @@ def test_tasks_and_rows_are_uniform():
 
 def test_share_of_positive_pairs_is_that_of_draws_with_replacement():
     """20 tasks, meta-batch 16: 6 of the 120 pairs on average; without replacement there would be none."""
-    drawn, pairs = sampler(BatchSizes(16, 1, 1), tasks=20, rows=2), []
+    drawn, pairs = sampler(BatchSpec(16, 1, 1), tasks=20, rows=2), []
     for _ in range(2000):
         count = np.bincount(drawn.draw().tasks.numpy(), minlength=20)
         pairs.append((count * (count - 1) // 2).sum())
@@ -146,7 +147,7 @@ def test_share_of_positive_pairs_is_that_of_draws_with_replacement():
 
 
 def test_draws_repeat_by_seed():
-    one, two, other = (sampler(BatchSizes(4, 5, 6), seed).draw() for seed in (0, 0, 1))
+    one, two, other = (sampler(BatchSpec(4, 5, 6), seed).draw() for seed in (0, 0, 1))
     assert torch.equal(one.transitions.reward, two.transitions.reward)
     assert torch.equal(one.context.reward, two.context.reward)
     assert not torch.equal(one.transitions.reward, other.transitions.reward)
@@ -154,7 +155,7 @@ def test_draws_repeat_by_seed():
 
 def test_drawing_leaves_the_datasets_alone():
     buffers = marked()
-    drawn = Sampler(buffers, BatchSizes(4, 5, 6), True, 0, CPU)
+    drawn = Sampler(buffers, BatchSpec(4, 5, 6), True, 0, CPU)
     drawn.draw().transitions.observation.zero_()
     assert np.array_equal(buffers.observation, marked().observation)
     check(drawn.draw())
@@ -180,7 +181,7 @@ def test_rows_of_the_curve_are_means():
 def parts(seed: int = 0, **values: Any) -> tuple[Focal, Sampler]:
     algorithm = create("focal", SMALL | values, SIZES, seed, "cpu")
     buffers = marked()
-    small = TaskBuffers(buffers.tasks, *(getattr(buffers, n) / 60000 for n in (
+    small = TaskData(buffers.tasks, *(getattr(buffers, n) / 60000 for n in (
         "observation", "action", "reward", "sparse_reward", "next_observation", "terminal")))  # fmt: skip
     return algorithm, Sampler(small, algorithm.batch_sizes(), True, seed, CPU)
 
@@ -198,7 +199,7 @@ def test_scalars_of_a_row_are_the_mean_of_its_steps(tmp_path, monkeypatch):
     seen: list[float] = []
     original = Focal.update
 
-    def update(self: Focal, batch: MetaBatch) -> dict[str, torch.Tensor]:
+    def update(self: Focal, batch: dict[str, Experience]) -> dict[str, torch.Tensor]:
         scalars = original(self, batch)
         seen.append(float(scalars["q_loss"]))
         return scalars
@@ -219,7 +220,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """Let the ``at``-th update of this process be its last."""
     original, count = Focal.update, [0]
 
-    def update(self: Focal, batch: MetaBatch) -> dict[str, torch.Tensor]:
+    def update(self: Focal, batch: dict[str, Experience]) -> dict[str, torch.Tensor]:
         count[0] += 1
         if count[0] == at:
             raise Killed

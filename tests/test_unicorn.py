@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import bag_of, meta_batch, moves_of, update
 
-from omrl.algorithms.base import MetaBatch, Sizes, create
+from omrl.algorithms.base import Spec, create
 from omrl.algorithms.focal import distance_metric_loss
 from omrl.algorithms.unicorn import Unicorn
 from omrl.core.errors import UserError
-from omrl.nets.actor_critic import Transitions
-from omrl.nets.encoders import Context
+from omrl.nets.experience import Experience
 from omrl.nets.mlp import Mlp
 
 SMALL = {
@@ -30,21 +30,21 @@ REGULARIZED = {"regularization": {"kind": "kl-dual", "policy": True, "value_pena
 
 
 def make(with_next: bool = False, seed: int = 0, **values: Any) -> Unicorn:
-    algorithm = create("unicorn", SMALL | values, Sizes(2, 2, with_next), seed, "cpu")
+    algorithm = create("unicorn", SMALL | values, Spec(2, 2, with_next), seed, "cpu")
     assert isinstance(algorithm, Unicorn)
     return algorithm
 
 
-def meta_batch(seed: int = 1, with_next: bool = False, dense: float = 1.0) -> MetaBatch:
+def made_batch(seed: int = 1, with_next: bool = False, dense: float = 1.0) -> dict[str, Experience]:
     g = torch.Generator().manual_seed(seed)
 
-    def moves() -> Transitions:
+    def moves() -> Experience:
         s, a = torch.randn(4, 8, 2, generator=g), torch.rand(4, 8, 2, generator=g) * 2 - 1
-        return Transitions(s, a, torch.randn(4, 8, generator=g) * dense, s + 0.1 * a, torch.zeros(4, 8))
+        return moves_of(s, a, torch.randn(4, 8, generator=g) * dense, s + 0.1 * a, torch.zeros(4, 8))
 
     s, a = torch.randn(4, 12, 2, generator=g), torch.rand(4, 12, 2, generator=g) * 2 - 1
-    context = Context(s, a, torch.randn(4, 12, generator=g), s + 0.1 * a if with_next else None)
-    return MetaBatch(torch.tensor([0, 1, 1, 2]), context, moves(), moves)
+    context = bag_of(s, a, torch.randn(4, 12, generator=g), s + 0.1 * a if with_next else None)
+    return meta_batch(torch.tensor([0, 1, 1, 2]), context, moves(), moves)
 
 
 def double(net: Mlp, x: np.ndarray) -> np.ndarray:
@@ -67,11 +67,11 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("with_next", [False, True])
 def test_the_first_updates_losses_in_double_precision(with_next):
-    algorithm, batch = make(with_next, metric_weight=0.15), meta_batch(with_next=with_next)
+    algorithm, batch = make(with_next, metric_weight=0.15), made_batch(with_next=with_next)
     with torch.no_grad():  # away from the start, where everything is all but zero
         algorithm.encoder.net.weights[-1].mul_(500)
         algorithm.decoder.weights[-1].mul_(500)
-    context = batch.context
+    context = batch["context"]
     z = np.tanh(double(algorithm.encoder.net, context.rows().double().numpy())).mean(1)
     together, apart, errors = [], [], []
     for i in range(4):
@@ -82,27 +82,30 @@ def test_the_first_updates_losses_in_double_precision(with_next):
         errors.append((double(algorithm.decoder, inputs) - wanted) ** 2)
         for j in range(i + 1, 4):
             distance = ((z[i] - z[j]) ** 2).mean()
-            alike = batch.tasks[i] == batch.tasks[j]
+            alike = batch["context"].task[i] == batch["context"].task[j]
             (together if alike else apart).append(np.sqrt(distance + 1e-3) if alike else 1 / (distance + 0.1))
     metric = sum(together) / (len(together) + 1e-3) + sum(apart) / (len(apart) + 1e-3)
-    scalars = algorithm.update(batch)
+    scalars = update(algorithm, batch)
     assert float(scalars["reconstruction_loss"]) == pytest.approx(np.mean(errors), rel=1e-5)
     assert float(scalars["metric_loss"]) == pytest.approx(0.15 * metric, rel=1e-5)
 
 
 @pytest.mark.parametrize(("beta", "weight"), [(0.15, 1.0), (0.0, 1.0), (1.5, 3.0)])
 def test_encoder_and_decoder_descend_the_weighted_sum(beta, weight):
-    algorithm, batch = make(metric_weight=beta, reconstruction_weight=weight), meta_batch()
+    algorithm, batch = make(metric_weight=beta, reconstruction_weight=weight), made_batch()
     before = copy.deepcopy(algorithm)
-    z = before.encoder(batch.context.rows())
-    metric, reconstruction = distance_metric_loss(z, batch.tasks), before.reconstruction_loss(batch.context, z)
+    z = before.encoder(algorithm.rows(batch["context"]))
+    metric, reconstruction = (
+        distance_metric_loss(z, batch["context"].task),
+        before.reconstruction_loss(batch["context"], z),
+    )
     theirs = list(before.encoder.parameters())
     expected = [torch.zeros_like(p) for p in theirs]
     for factor, loss in ((beta, metric), (weight, reconstruction)):
         for total, gradient in zip(expected, torch.autograd.grad(loss, theirs, retain_graph=True), strict=True):
             total += factor * gradient
     of_decoder = torch.autograd.grad(weight * reconstruction, list(before.decoder.parameters()))
-    scalars = algorithm.update(batch)
+    scalars = update(algorithm, batch)
     assert ("metric_loss" in scalars) == (beta > 0)
     for net, gradients in ((algorithm.encoder, expected), (algorithm.decoder, of_decoder)):
         for parameter, gradient in zip(net.parameters(), gradients, strict=True):
@@ -114,20 +117,20 @@ def test_the_decoder_learns_dynamics_that_the_context_shows():
     algorithm = make(True, metric_weight=0, encoder_rate=3e-3, decoder_rate=3e-3, encoder_width=32, decoder_width=32)
     winds = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
 
-    def draw(seed: int) -> MetaBatch:
+    def draw(seed: int) -> dict[str, Experience]:
         g = torch.Generator().manual_seed(seed)
         tasks = torch.randint(3, (4,), generator=g)
         s, a = torch.rand(4, 16, 2, generator=g) - 0.5, torch.rand(4, 16, 2, generator=g) * 2 - 1
         following = s + 0.3 * a + winds[tasks].unsqueeze(1)
-        moves = Transitions(s, a, torch.zeros(4, 16), following, torch.ones(4, 16))
-        return MetaBatch(tasks, Context(s, a, torch.zeros(4, 16), following), moves, lambda: moves)
+        moves = moves_of(s, a, torch.zeros(4, 16), following, torch.ones(4, 16))
+        return meta_batch(tasks, bag_of(s, a, torch.zeros(4, 16), following), moves, lambda: moves)
 
-    first = float(algorithm.update(draw(0))["reconstruction_loss"])
+    first = float(update(algorithm, draw(0))["reconstruction_loss"])
     for step in range(1, 250):
-        algorithm.update(draw(step))
+        update(algorithm, draw(step))
     batch = draw(10**6)
-    z = algorithm.infer(batch.context)
-    own, other = (algorithm.reconstruction_loss(batch.context, code).item() for code in (z, z.roll(1, 0)))
+    z = algorithm.infer(batch["context"])
+    own, other = (algorithm.reconstruction_loss(batch["context"], code).item() for code in (z, z.roll(1, 0)))
     assert own < 0.02 * first
     assert other > 10 * own  # another task's embedding predicts another task's wind
 
@@ -135,7 +138,7 @@ def test_the_decoder_learns_dynamics_that_the_context_shows():
 def test_coupled_adds_the_bellman_gradient_for_the_encoder_alone():
     apart, one, two = make(), make(coupled=True), make(coupled=True)
     for algorithm, dense in ((apart, 1.0), (one, 1.0), (two, -3.0)):
-        algorithm.update(meta_batch(dense=dense))
+        update(algorithm, made_batch(dense=dense))
     of_encoder, of_decoder = ([[p.grad for p in getattr(a, part).parameters()] for a in (apart, one, two)]
                               for part in ("encoder", "decoder"))  # fmt: skip
     for i, j in ((0, 1), (1, 2)):
@@ -154,11 +157,11 @@ def test_coupled_adds_the_bellman_gradient_for_the_encoder_alone():
 )
 def test_without_reconstruction_every_arm_is_focals(values):
     shared = {k: v for k, v in SMALL.items() if k not in OF_THE_DECODER} | {"metric_weight": 0.7} | values
-    focal = create("focal", shared, Sizes(2, 2, True), 3, "cpu")
-    unicorn = create("unicorn", shared | {"reconstruction_weight": 0}, Sizes(2, 2, True), 3, "cpu")
+    focal = create("focal", shared, Spec(2, 2, True), 3, "cpu")
+    unicorn = create("unicorn", shared | {"reconstruction_weight": 0}, Spec(2, 2, True), 3, "cpu")
     assert unicorn.batch_sizes() == focal.batch_sizes()
     for i in range(3):
-        one, two = (algorithm.update(meta_batch(i, True)) for algorithm in (focal, unicorn))
+        one, two = (update(algorithm, made_batch(i, True)) for algorithm in (focal, unicorn))
         assert {k: float(v) for k, v in one.items()} == {k: float(v) for k, v in two.items()}
     assert same(state(focal), state(unicorn))
 
@@ -168,15 +171,15 @@ def test_without_reconstruction_there_is_no_decoder():
     assert set(algorithm.modules()) == {"encoder", "actor_critic"}
     assert not any("decoder" in name for name in algorithm.training_state())
     with pytest.raises(ValueError, match="no decoder"):
-        algorithm.reconstruction_loss(meta_batch().context, torch.zeros(4, 3))
+        algorithm.reconstruction_loss(made_batch().context, torch.zeros(4, 3))
 
 
 def test_the_decoder_changes_no_other_initial_weight_and_draws_nothing():
     on, off = make(), make(reconstruction_weight=0)
     before = state(off)
     assert all(torch.equal(value, before[name]) for name, value in state(on).items() if name in before)
-    on.update(meta_batch())
-    off.update(meta_batch())
+    on.update(made_batch())
+    off.update(made_batch())
     streams = [algorithm.generators()["noise"].get_state() for algorithm in (on, off)]
     assert torch.equal(*streams)
 
@@ -184,7 +187,7 @@ def test_the_decoder_changes_no_other_initial_weight_and_draws_nothing():
 def test_nothing_to_train_the_encoder_is_refused():
     with pytest.raises(UserError, match="metric_weight = 0 with reconstruction_weight = 0"):
         make(metric_weight=0, reconstruction_weight=0)
-    make(metric_weight=0, reconstruction_weight=0, coupled=True).update(meta_batch())
+    update(make(metric_weight=0, reconstruction_weight=0, coupled=True), made_batch())
 
 
 @pytest.mark.parametrize("with_next", [False, True])
@@ -258,9 +261,9 @@ def test_golden_numbers(arm):
     try:
         algorithm = make(with_next, **(REGULARIZED if arm == "regularized" else {}))
         for i in range(3):
-            scalars = algorithm.update(meta_batch(i, with_next))
-        batch = meta_batch(9, with_next)
-        action = algorithm.act(batch.transitions.observation, algorithm.infer(batch.context))[0, 0]
+            scalars = update(algorithm, made_batch(i, with_next))
+        batch = made_batch(9, with_next)
+        action = algorithm.actions(batch["transitions"].observation, algorithm.infer(batch["context"]))[0, 0]
     finally:
         torch.set_num_threads(threads)
     got = {name: float(value) for name, value in scalars.items()}

@@ -20,8 +20,6 @@ _ORDERED = ["source_task", "checkpoint", "episode", "step"]
 # of the columns in a table, and so of what a draw yields
 ORDER = ("observation", "action", "reward", "next_observation", "terminal", "sparse_reward")
 
-_FIELDS = ("observation", "action", "reward", "sparse_reward", "next_observation", "terminal")  # as in the class
-
 IN_MEMORY = 6 << 30  # bytes; a larger table is mapped
 
 
@@ -127,7 +125,12 @@ class TaskData:
         stacked = {name: np.stack(values) for name, values in order.items()}
         return cls(
             tuple(tasks),
-            *(fields[name] for name in _FIELDS),
+            observation=fields["observation"],
+            action=fields["action"],
+            reward=fields["reward"],
+            sparse_reward=fields["sparse_reward"],
+            next_observation=fields["next_observation"],
+            terminal=fields["terminal"],
             checkpoint=stacked["checkpoint"].astype(np.int32),
             step=stacked["step"].astype(np.int32),
             start=stacked["start"],
@@ -138,14 +141,25 @@ class TaskData:
 
     @classmethod
     def of_bags(
-        cls, tasks: Sequence[int], inference: Literal["dense", "sparse"] = "sparse", **fields: NDArray[np.float32]
+        cls,
+        tasks: Sequence[int],
+        *,
+        observation: NDArray[np.float32],
+        action: NDArray[np.float32],
+        reward: NDArray[np.float32],
+        sparse_reward: NDArray[np.float32],
+        next_observation: NDArray[np.float32],
+        terminal: NDArray[np.float32],
+        inference: Literal["dense", "sparse"] = "sparse",
     ) -> TaskData:
         """Return data whose rows have no order: every row is an episode of its own."""
-        shape = fields["reward"].shape
+        shape = reward.shape
         rows = np.broadcast_to(np.arange(shape[1]), shape)
         zero = np.zeros(shape, dtype=np.int32)
-        ordered = (zero, zero, rows, rows + 1)
-        return cls(tuple(tasks), *(fields[name] for name in _FIELDS), *ordered, inference=inference)
+        return cls(
+            tuple(tasks), observation, action, reward, sparse_reward, next_observation, terminal,
+            zero, zero, rows, rows + 1, inference,
+        )  # fmt: skip
 
     def next_actions(self) -> NDArray[np.float32]:
         """Return the action of the next row of the same episode, [tasks, rows, width]; NaN after an episode's last."""

@@ -86,9 +86,10 @@ def join_steps(parts: list[Experience]) -> Experience:
     def cat(name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in parts], dim=1)
 
-    optional = {n: cat(n) if all(getattr(p, n) is not None for p in parts) else None for n in ("step", "valid")}
+    step, valid = (cat(n) if all(getattr(p, n) is not None for p in parts) else None for n in ("step", "valid"))
     extra = {name: torch.cat([part.extra[name] for part in parts], dim=1) for name in first.extra}
-    return Experience(**{name: cat(name) for name in _FIELDS}, **optional, task=first.task, extra=extra)
+    fields = {name: cat(name) for name in _FIELDS}
+    return Experience(**fields, task=first.task, step=step, valid=valid, extra=extra)
 
 
 def from_arrays(
