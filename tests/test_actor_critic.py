@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batches import moves_of, update
+from batches import moves_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,7 +50,7 @@ def with_next_action(b: Experience) -> Experience:
     """The batch with the data's next actions; one is unknown, as after an episode's last row."""
     action = torch.rand(TASKS, ROWS, ACT, generator=source(13)) * 2 - 1
     action[1, 2] = math.nan
-    return replace(b, next_action=action)
+    return replace(b, extra={"next_action": action})
 
 
 def batch(seed: int = 1) -> Experience:
@@ -123,7 +123,9 @@ def kl(c_policy: np.ndarray, c_data: np.ndarray) -> np.ndarray:
 def flat(b: Experience, z: torch.Tensor) -> dict[str, np.ndarray]:
     """The batch as rows, a task after the other, each beside its task's z."""
     wide = np.concatenate([np.tile(z[t].detach().numpy(), (ROWS, 1)) for t in range(TASKS)])
-    rows = {name: x.numpy().reshape(TASKS * ROWS, -1) for name, x in vars(b).items() if x is not None}
+    fields = ("observation", "next_observation", "action", "reward", "terminal")
+    tensors = {name: getattr(b, name) for name in fields} | dict(b.extra)
+    rows = {name: x.numpy().reshape(TASKS * ROWS, -1) for name, x in tensors.items()}
     return {
         "s": np.concatenate([rows["observation"], wide], 1),
         "s2": np.concatenate([rows["next_observation"], wide], 1),
@@ -579,7 +581,7 @@ def test_coupled_gradients_are_the_critics_and_the_own_loss(noise):
     optimizer = torch.optim.SGD([encoder], lr=1.0)
     z = encoder * 1
     coupled.update(b, z, [], EncoderStep(optimizer, (z**3).sum()))
-    update(plain, b, start, [])
+    plain.update(b, start, [])
 
     probe = start.clone().requires_grad_(True)
     rows = torch.cat([b.action.reshape(-1, ACT), join(b.observation, probe)], -1)
@@ -617,7 +619,8 @@ def test_every_network_moves_and_the_batch_does_not():
         pairs = zip(old[name].parameters(), getattr(agent, name).parameters(), strict=True)
         assert any(not torch.equal(before, after) for before, after in pairs), name
     assert torch.equal(z, kept[1])
-    assert all(torch.equal(x, getattr(kept[0], name)) for name, x in vars(b).items() if x is not None)
+    for name in ("observation", "action", "reward", "next_observation", "terminal"):
+        assert torch.equal(getattr(b, name), getattr(kept[0], name)), name
 
 
 # --- what is off costs nothing ---------------------------------------------------------------------------------

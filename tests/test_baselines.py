@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
 def test_training_goes_on_from_a_saved_state_and_a_saved_model_acts_alike(arm, tmp_path):
     whole, first, second = make(arm), make(arm), make(arm, 9)
     for i in range(4):
-        scalars = whole.update(made_batch(i))
+        scalars = update(whole, made_batch(i))
     assert all(torch.isfinite(value) for value in scalars.values())
     for i in range(2):
         update(first, made_batch(i))
@@ -152,19 +153,10 @@ def test_imitation_trains_the_encoder_only_where_it_shall():
     for arm, moves in (("bc", True), ("bc-metric", False)):
         one, two = make(arm), make(arm)
         batch = made_batch()
-        other = meta_batch(
-            batch["context"].task,
-            batch["context"],
-            moves_of(batch["transitions"].observation, -batch["transitions"].action, *vars_of(batch["transitions"])),
-            batch.more,
-        )
+        other = {**batch, "transitions": replace(batch["transitions"], action=-batch["transitions"].action)}
         update(one, batch)
         update(two, other)
         assert same(copies(one.encoder), copies(two.encoder)) != moves
-
-
-def vars_of(t: Experience) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return t.reward, t.next_observation, t.terminal
 
 
 # --- UNICORN -----------------------------------------------------------------------------------------------------
@@ -184,7 +176,7 @@ def test_without_reconstruction_unicorn_is_focal():
 
 @pytest.mark.parametrize("with_next", [False, True])
 def test_reconstruction_by_hand(with_next):
-    algorithm = make("unicorn", sizes=Spec(2, 2, with_next))
+    algorithm = make("unicorn", spec=Spec(2, 2, with_next))
     batch = made_batch(with_next=with_next)
     z = algorithm.infer(batch["context"])
     c, errors = batch["context"], []
@@ -208,7 +200,7 @@ def test_reconstruction_trains_the_encoder_and_dense_rewards_do_not():
 
 
 def test_posterior_is_the_product_of_gaussians():
-    algorithm, rows = make("pearl"), made_batch().context.rows()
+    algorithm, rows = make("pearl"), made_batch()["context"].rows(False)
     mean, variance = algorithm.encoder(rows)
     raw = algorithm.encoder.net(rows.reshape(48, -1)).view(4, 12, 6).double()
     mu, s2 = raw[..., :3], torch.nn.functional.softplus(raw[..., 3:])

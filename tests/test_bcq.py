@@ -76,7 +76,7 @@ def copies(module: torch.nn.Module) -> list[torch.Tensor]:
 def test_the_first_updates_losses_in_double_precision():
     algorithm, batch = spread(make(gamma=0.9, reward_scale=0.1, soft_min=0.6, perturbation=0.4)), made_batch()
     far = torch.randn(4, 8, 2, generator=torch.Generator().manual_seed(5)) * 3  # s' that s does not pass for
-    batch = replace(batch, transitions=replace(batch["transitions"], next_observation=far))
+    batch = {**batch, "transitions": replace(batch["transitions"], next_observation=far)}
     learner, t = algorithm.learner, batch["transitions"]
     z = np.tanh(double(algorithm.encoder.net, algorithm.rows(batch["context"]).double().numpy().reshape(48, -1)))
     z = z.reshape(4, 12, 3).mean(1)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from omrl.algorithms.base import Draw, Phase
 from omrl.core import seeding
 from omrl.core.errors import UserError
 from omrl.core.files import write_manifest
-from omrl.data import parquet
-from omrl.data import taskdata as buffer
+from omrl.data import parquet, taskdata
 from omrl.data.taskdata import TaskData
 from omrl.learning.train import Sampler
 
@@ -63,7 +63,7 @@ def flat(array: np.ndarray) -> np.ndarray:
 
 def test_buffers_hold_the_stored_numbers(folder):
     tasks = [0, 1, 12]
-    buffers = TaskData.load(folder, tasks, False)
+    buffers = TaskData.load(folder, tasks, time_limit_terminal=False)
     assert list(buffers.tasks) == tasks
     assert buffers.rows == ROWS
     for index, task in enumerate(tasks):
@@ -74,7 +74,7 @@ def test_buffers_hold_the_stored_numbers(folder):
 
 
 def test_arrays_are_float32_of_one_shape(folder):
-    buffers = TaskData.load(folder, [0, 1, 12], True)
+    buffers = TaskData.load(folder, [0, 1, 12], time_limit_terminal=True)
     for name in (*FIELDS, "terminal"):
         array = getattr(buffers, name)
         assert array.dtype == np.float32, name
@@ -85,46 +85,46 @@ def test_arrays_are_float32_of_one_shape(folder):
 
 def test_terminal_is_termination_alone_or_with_time_limits(folder):
     columns = make(0)
-    apart = TaskData.load(folder, [0], False)
+    apart = TaskData.load(folder, [0])
     assert np.array_equal(flat(apart.terminal)[0], columns["terminated"].astype(np.float32))
-    together = TaskData.load(folder, [0], True)
+    together = TaskData.load(folder, [0], time_limit_terminal=True)
     assert np.array_equal(flat(together.terminal)[0], (columns["terminated"] | columns["truncated"]).astype(np.float32))
     assert flat(together.terminal)[0].sum() == 4
 
 
 def test_the_order_asked_for_is_the_order_given(folder):
-    forth, back = (TaskData.load(folder, tasks, False) for tasks in ([0, 12], [12, 0]))
+    forth, back = (TaskData.load(folder, tasks, time_limit_terminal=False) for tasks in ([0, 12], [12, 0]))
     assert list(back.tasks) == [12, 0]
     assert np.array_equal(forth.observation[::-1], back.observation)
 
 
 def test_a_subset_reads_only_its_own_files(folder):
     (folder / "task=001.parquet").write_bytes(b"damaged")
-    buffers = TaskData.load(folder, [0, 12], False)
+    buffers = TaskData.load(folder, [0, 12], time_limit_terminal=False)
     assert buffers.observation.shape == (2, ROWS, 3)
 
 
 def test_a_task_that_the_dataset_lacks_is_named(folder):
     with pytest.raises(UserError, match=r"5") as caught:
-        TaskData.load(folder, [0, 5], False)
+        TaskData.load(folder, [0, 5], time_limit_terminal=False)
     assert "expert" in str(caught.value)
 
 
 def test_a_missing_file_is_named(folder):
     (folder / "task=012.parquet").unlink()
     with pytest.raises(UserError, match=r"task=012\.parquet"):
-        TaskData.load(folder, [0, 12], False)
+        TaskData.load(folder, [0, 12], time_limit_terminal=False)
 
 
 def test_a_missing_dataset_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
-        TaskData.load(tmp_path / "nowhere", [0], False)
+        TaskData.load(tmp_path / "nowhere", [0], time_limit_terminal=False)
 
 
 def test_tasks_of_different_length_are_refused(tmp_path):
     build(tmp_path / "mixed", {0: make(0), 1: make(1, ROWS - 20)})
     with pytest.raises(UserError, match=r"task=001\.parquet.*40.*60.*task=000\.parquet"):
-        TaskData.load(tmp_path / "mixed", [0, 1], False)
+        TaskData.load(tmp_path / "mixed", [0, 1], time_limit_terminal=False)
 
 
 def test_any_flipped_bit_of_a_dataset_is_refused(folder):
@@ -136,28 +136,31 @@ def test_any_flipped_bit_of_a_dataset_is_refused(folder):
         damaged[place] ^= 1 << (place % 8)
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"task=001\.parquet"):
-            TaskData.load(folder, [0, 1], False)
+            TaskData.load(folder, [0, 1], time_limit_terminal=False)
 
 
 def test_a_file_exchanged_for_another_sound_one_is_refused(folder):
     (folder / "task=001.parquet").write_bytes((folder / "task=000.parquet").read_bytes())
     with pytest.raises(UserError, match=r"task=001\.parquet"):
-        TaskData.load(folder, [1], False)
+        TaskData.load(folder, [1])
 
 
 def test_a_damaged_manifest_is_named(folder):
     (folder / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json"):
-        TaskData.load(folder, [0], False)
+        TaskData.load(folder, [0])
 
 
 def batches(buffers: TaskData) -> list[torch.Tensor]:
     """Return the tensors of three draws."""
-    sampler = Sampler(buffers, BatchSpec(meta_batch=4, transitions=8, context=6), True, 3, torch.device("cpu"))
+    sampler = Sampler(buffers, 3, torch.device("cpu"))
+    phase = Phase("training", 1, 4, {"transitions": Draw(8), "context": Draw(6)})
     found: list[torch.Tensor] = []
     for _ in range(3):
-        batch = sampler.draw()
-        found += [batch["context"].task, *vars(batch["context"]).values(), *vars(batch["transitions"]).values()]
+        batch = sampler.draw(phase)
+        t, c = batch["transitions"], batch["context"]
+        found += [c.task, c.observation, c.action, c.signal, c.next_observation]
+        found += [t.observation, t.action, t.reward, t.next_observation, t.terminal]
     return found
 
 
@@ -185,7 +188,7 @@ def test_batches_are_those_of_stacked_columns(folder):
 
 def test_a_mapped_table_gives_the_same_batches(folder, monkeypatch):
     held = TaskData.load(folder, [0, 1, 12])
-    monkeypatch.setattr(buffer, "IN_MEMORY", 100)
+    monkeypatch.setattr(taskdata, "IN_MEMORY", 100)
     mapped = TaskData.load(folder, [0, 1, 12])
     assert isinstance(mapped.table, np.memmap)
     assert not isinstance(held.table, np.memmap)
@@ -199,3 +202,64 @@ def test_a_table_is_held_once(folder):
     assert buffers.packed() is buffers.table
     for name in (*FIELDS, "terminal"):
         assert np.shares_memory(getattr(buffers, name), buffers.table), name
+
+
+# --- order -----------------------------------------------------------------------------------------------------
+
+
+def test_episodes_are_runs_of_successive_steps(folder):
+    data = TaskData.load(folder, [0, 12])
+    assert data.episodes(1).tolist() == [[0, 20], [20, 40], [40, 60]]
+    assert data.step[0].tolist() == list(range(20)) * 3
+    following = data.next_actions()
+    assert np.isnan(following[0, [19, 39, 59]]).all()
+    np.testing.assert_array_equal(following[0, 20:39], data.action[0, 21:40])
+
+
+def test_single_rows_are_episodes_of_their_own():
+    one = np.array([3, 3, 3, 4, 4], dtype=np.int32)
+    step = np.array([0, 1, 3, 4, 0], dtype=np.int32)
+    start, end = taskdata.episode_bounds(one * 0, one, one * 0, step)
+    assert start.tolist() == [0, 0, 2, 3, 4]
+    assert end.tolist() == [2, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("inference", ["dense", "sparse"])
+def test_windows_and_episodes_are_drawn_whole(folder, inference):
+    data = TaskData.load(folder, [0, 1, 12], inference)
+    sampler = Sampler(data, 3, torch.device("cpu"))
+    draws = {"w": Draw(7, "window", 5), "e": Draw(4, "episode"), "part": Draw(4, "episode", 6, "context")}
+    batch = sampler.draw(Phase("training", 1, 2, draws, replace=False))
+    assert [tuple(batch[name].shape) for name in draws] == [(2, 7, 5), (2, 4, 20), (2, 4, 6)]
+    for drawn in batch.values():
+        assert sorted(drawn.task.tolist()) == sorted(set(drawn.task.tolist()))  # no task twice
+        assert drawn.valid is not None
+        assert drawn.step is not None
+        for i, task in enumerate(drawn.task.tolist()):
+            for window, valid, step in zip(drawn.reward[i], drawn.valid[i], drawn.step[i], strict=True):
+                (first,) = np.flatnonzero(data.reward[task] == float(window[0]))
+                length = int(valid.sum())
+                assert length == min(len(window), data.end[task][first] - first)
+                assert window[:length].tolist() == data.reward[task][first : first + length].tolist()
+                assert step[:length].tolist() == data.step[task][first : first + length].tolist()
+    assert bool(batch["e"].valid.all())
+    assert int(batch["part"].step[..., 0].max()) == 0
+    expected = batch["e"].reward if inference == "dense" else None
+    assert (expected is not None) == torch.equal(batch["e"].signal, batch["e"].reward)
+
+
+def test_columns_of_a_method_come_back_beside_the_row(folder):
+    data = TaskData.load(folder, [0, 1])
+    wide = data.with_columns({"twice": 2 * data.reward})
+    batch = Sampler(wide, 0, torch.device("cpu")).draw(Phase("training", 1, 4, {"transitions": Draw(9)}))
+    rows = batch["transitions"]
+    assert torch.equal(rows.extra["twice"].squeeze(-1), 2 * rows.reward)
+
+
+def test_a_context_of_another_dataset(folder):
+    data = TaskData.load(folder, [0, 1])
+    other = TaskData.of_bags([0, 1], **{n: getattr(data, n) * 0 + 9 for n in (*FIELDS, "terminal")})
+    sampler = Sampler(data, 0, torch.device("cpu"), other)
+    batch = sampler.draw(Phase("training", 1, 4, {"transitions": Draw(5), "context": Draw(5, source="context")}))
+    assert (batch["context"].reward == 9).all()
+    assert (batch["transitions"].reward != 9).all()

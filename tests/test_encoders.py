@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from batches import bag_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
@@ -146,8 +147,9 @@ def test_extreme_actions_have_finite_log_probability_and_gradient():
 
 def test_context_rows_hold_s_a_r_and_next_state_only_if_given():
     s, a, r = torch.full((2, 3, 2), 1.0), torch.full((2, 3, 1), 2.0), torch.full((2, 3), 3.0)
-    assert Context(s, a, r).rows()[1, 2].tolist() == [1, 1, 2, 3]
-    assert Context(s, a, r, torch.full((2, 3, 2), 4.0)).rows()[1, 2].tolist() == [1, 1, 2, 3, 4, 4]
+    bag = bag_of(s, a, r, torch.full((2, 3, 2), 4.0))
+    assert bag.rows(False)[1, 2].tolist() == [1, 1, 2, 3]
+    assert bag.rows(True)[1, 2].tolist() == [1, 1, 2, 3, 4, 4]
 
 
 # --- deterministic encoder -------------------------------------------------------------------------------------

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from omrl.algorithms.base import Algorithm, Spec
+from omrl.algorithms.base import ContextAlgorithm, Phase, Spec
+from omrl.behavior.simulate import Episodes
 from omrl.core.config import Config
 from omrl.data.taskdata import TaskData
 from omrl.envs.base import load_family
 from omrl.evaluation.embeddings import attention, embedding_variance, esr, rms, sample_embeddings, sparsity_curve
-from omrl.evaluation.evaluate import EvaluateConfig
-from omrl.evaluation.protocols import other_tasks_context, restated, run_episodes, run_protocol
+from omrl.evaluation.protocols.base import Run, protocol
+from omrl.evaluation.protocols.ood_checkpoint import other_tasks_context
 from omrl.nets.experience import Experience
 
 FAMILY = load_family("sparse-point-robot")
@@ -32,7 +33,7 @@ TASKS = [
 ]
 
 
-class GoalReader(Algorithm):
+class GoalReader(ContextAlgorithm):
     """Reads the goal off the context and drives there: an oracle that can be checked to the last bit.
 
     The buffers below carry the goal in their observations, so the mean observation of a context is the goal.
@@ -44,19 +45,20 @@ class GoalReader(Algorithm):
         super().__init__(Config(), Spec(2, 2, False), 0, "cpu")
         self.sizes_seen: list[int] = []
 
-    def batch_sizes(self) -> BatchSpec:
-        return BatchSpec(2, 1, 1)
+    latent = 2
 
-    def update(self, batch: Any) -> dict[str, torch.Tensor]:
+    def phases(self, steps: int) -> list[Phase]:
+        return []
+
+    def update(self, phase: Phase, batch: Any) -> dict[str, torch.Tensor]:
         return {}
 
     def infer(self, context: Experience) -> torch.Tensor:
         self.sizes_seen.append(context.observation.shape[1])
-        assert context.next_observation is None
-        assert float(context.reward.min()) == 7.0  # the sparse column, not the dense one
+        assert float(context.signal.min()) == 7.0  # the sparse column, not the dense one
         return context.observation.mean(dim=1)
 
-    def act(self, observation: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    def actions(self, observation: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         return ((z[:, None] - observation) / 0.1).clamp(-1, 1)
 
     def modules(self) -> dict[str, torch.nn.Module]:
@@ -65,28 +67,37 @@ class GoalReader(Algorithm):
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {}
 
-    def generators(self) -> dict[str, torch.Generator]:
-        return {}
-
 
 def buffers(rows: int = 50) -> TaskData:
     goals = np.array([t["parameters"]["goal"] for t in TASKS], dtype=np.float32)
     observation = np.repeat(goals[:, None], rows, axis=1)
     flat = np.zeros((len(TASKS), rows), np.float32)
-    return TaskData(
-        tuple(t["index"] for t in TASKS), observation, observation * 0, flat - 5, flat + 7, observation, flat
+    return TaskData.of_bags(
+        [t["index"] for t in TASKS], observation=observation, action=observation * 0, reward=flat - 5,
+        sparse_reward=flat + 7, next_observation=observation, terminal=flat,
+    )  # fmt: skip
+
+
+def evaluate(algorithm: Any, name: str = "offline-context", quick: bool = False, **values: Any) -> tuple[Any, Any]:
+    """Return the rows and the last episode of a protocol with ``values`` of its keys."""
+    places = values.pop("places", range(5))
+    features = values.pop("features", None)
+    config = protocol(name).CONFIG(**values)
+    tasks = [TASKS[i] for i in places]
+    run = Run(
+        algorithm, values.pop("family", FAMILY), buffers().of(places), tasks, config, ("test",), 0, features, quick
     )
+    return run.rows, protocol(name).run(run)
 
 
-def run(config: EvaluateConfig, seed: int = 0) -> tuple[list[dict[str, Any]], dict[str, Any], GoalReader]:
+def read_goals(**values: Any) -> tuple[list[dict[str, Any]], Episodes, GoalReader]:
     algorithm = GoalReader()
-    rows, last = run_protocol(algorithm, FAMILY, buffers(), TASKS, config, ("test",), seed)
+    rows, last = evaluate(algorithm, **values)
     return rows, last, algorithm
 
 
 def test_context_grows_and_only_the_last_episode_of_a_repetition_counts():
-    config = EvaluateConfig(episodes=4, context_per_episode=10, repetitions=2)
-    rows, _, algorithm = run(config)
+    rows, _, algorithm = read_goals(episodes=4, context_per_episode=10, repetitions=2)
     assert algorithm.sizes_seen == [10, 20, 30, 40] * 2
     assert len(rows) == 5 * 4 * 2
     for row in rows:
@@ -96,30 +107,43 @@ def test_context_grows_and_only_the_last_episode_of_a_repetition_counts():
 
 
 def test_an_agent_that_knows_the_goal_has_the_oracles_return():
-    rows, last, _ = run(EvaluateConfig(episodes=1, repetitions=1))
+    rows, last, _ = read_goals(episodes=1, repetitions=1)
     for row, task in zip(rows, TASKS, strict=True):
         assert row["return"] == pytest.approx(task["oracle_return"], abs=1e-3)
         assert row["normalized"] == pytest.approx(1, abs=1e-3)
         assert row["return"] == row["sparse_return"] > 0 > row["dense_return"]
-    np.testing.assert_allclose(last["observation"][:, -1], [t["parameters"]["goal"] for t in TASKS], atol=1e-5)
-    assert last["observation"].shape == (5, FAMILY.horizon + 1, 2)
+    np.testing.assert_allclose(last.path()[:, -1], [t["parameters"]["goal"] for t in TASKS], atol=1e-5)
+    assert last.path().shape == (5, FAMILY.horizon + 1, 2)
 
 
 def test_a_task_is_evaluated_the_same_whoever_else_is():
-    config = EvaluateConfig(episodes=2, repetitions=2)
-    algorithm = GoalReader()
-    alone, _ = run_protocol(
-        algorithm,
-        FAMILY,
-        TaskData((4,), *(getattr(buffers(), n)[4:] for n in (
-            "observation", "action", "reward", "sparse_reward", "next_observation", "terminal"
-        ))),
-        TASKS[4:],
-        config,
-        ("test",),
-        0,
-    )  # fmt: skip
-    assert alone == [row for row in run(config)[0] if row["task"] == 4]
+    alone, _ = evaluate(GoalReader(), episodes=2, repetitions=2, places=[4])
+    assert {row.pop("wrong_context_return") for row in alone} != {0.0}  # NaN: there is no other task
+    together = [row for row in read_goals(episodes=2, repetitions=2)[0] if row["task"] == 4]
+    assert [{**row, "wrong_context_return": 0} for row in together] == [{**r, "wrong_context_return": 0} for r in alone]
+
+
+def test_another_tasks_context_leads_to_its_goal():
+    rows, _, _ = read_goals(episodes=2, repetitions=1)
+    goals = np.array([t["parameters"]["goal"] for t in TASKS])
+    for row in rows:
+        if row["counted"]:
+            # the next task of the same split
+            other = {0: 1, 1: 2, 2: 0, 3: 4, 4: 3}[row["task"]]
+            far = np.linalg.norm(goals[row["task"]] - goals[other]) > 0.2
+            assert far == (row["wrong_context_return"] < row["return"] - 1)
+        else:
+            assert math.isnan(row["wrong_context_return"])
+    assert all(math.isnan(r["wrong_context_return"]) for r in read_goals(episodes=1, wrong_context=False)[0])
+
+
+def test_a_quick_run_is_the_counted_episode_alone():
+    whole, _, _ = read_goals(episodes=3, repetitions=2)
+    quick, _ = evaluate(GoalReader(), quick=True, episodes=3, repetitions=2)
+    wanted = [row for row in whole if row["counted"] and row["repetition"] == 0]
+    for one, two in zip(quick, wanted, strict=True):
+        assert one["return"] == two["return"]
+        assert one["context_transitions"] == 60
 
 
 def test_steps_after_a_termination_do_not_count():
@@ -136,13 +160,15 @@ def test_steps_after_a_termination_do_not_count():
             env.step = step
             return env
 
-    family = Ends(FAMILY.config)
     z = torch.tensor([t["parameters"]["goal"] for t in TASKS], dtype=torch.float32)
-    found = run_episodes(GoalReader(), family, [t["parameters"] for t in TASKS], z, None)
-    whole = run_episodes(GoalReader(), FAMILY, [t["parameters"] for t in TASKS], z, None)
-    assert found["sparse"][0] == 0 < whole["sparse"][0]
-    assert (found["observation"][0, 3:] == found["observation"][0, 3]).all()
-    np.testing.assert_array_equal(found["sparse"][1:], whole["sparse"][1:])
+    found, whole = (
+        Run(GoalReader(), family, buffers(), TASKS, None, ("test",), 0).episode(z, [np.random.default_rng(0)] * 5)[0]
+        for family in (Ends(FAMILY.config), FAMILY)
+    )
+    assert found.returns(True)[0] == 0 < whole.returns(True)[0]
+    assert found.valid[0].tolist() == [True] * 3 + [False] * 17
+    assert (found.path()[0, 3:] == found.path()[0, 3]).all()
+    np.testing.assert_array_equal(found.returns(True)[1:], whole.returns(True)[1:])
 
 
 def test_embeddings_are_of_resampled_contexts():
@@ -154,20 +180,20 @@ def test_embeddings_are_of_resampled_contexts():
 
 
 def test_the_other_form_of_the_sparse_reward_is_told_beside():
-    rows, last, _ = run(EvaluateConfig(episodes=1, repetitions=1))
-    other = restated(FAMILY)
+    rows, last, _ = read_goals(episodes=1, repetitions=1)
+    other = FAMILY.restated()
     assert other is not None
     for place, (row, task) in enumerate(zip(rows, TASKS, strict=True)):
         # 1 - d summed over the steps inside R = 0.2; Eq. 35: (R - d) / R
-        distance = np.linalg.norm(last["observation"][place, 1:] - task["parameters"]["goal"], axis=1)
+        distance = np.linalg.norm(last.path()[place, 1:] - task["parameters"]["goal"], axis=1)
         inside = distance <= 0.2
         assert row["return"] == pytest.approx((1 - distance)[inside].sum(), abs=1e-4)
         assert row["restated_return"] == pytest.approx((1 - distance / 0.2)[inside].sum(), abs=1e-4)
-    again = restated(other)
+    again = other.restated()
     assert again is not None
     assert again.config.resolved() == FAMILY.config.resolved()
-    assert restated(load_family("point-robot")) is None
-    assert restated(load_family("sparse-point-robot", {"sparse_reward": "eq35", "radius": 2.0})) is None
+    assert load_family("point-robot").restated() is None
+    assert load_family("sparse-point-robot", {"sparse_reward": "eq35", "radius": 2.0}).restated() is None
 
 
 class Searcher(GoalReader):
@@ -175,23 +201,22 @@ class Searcher(GoalReader):
 
     def __init__(self) -> None:
         super().__init__()
-        self.contexts: list[Context] = []
+        self.contexts: list[Experience] = []
         self.acted: list[torch.Tensor] = []
 
     def infer(self, context: Experience) -> torch.Tensor:
         self.contexts.append(context)
-        best = context.reward.argmax(dim=1)
+        best = context.signal.argmax(dim=1)
         return context.observation[torch.arange(len(best)), best]
 
-    def act(self, observation: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    def actions(self, observation: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         self.acted.append(z)
-        return super().act(observation, z)
+        return super().actions(observation, z)
 
 
-def online(protocol: str, **values: Any) -> tuple[list[dict[str, Any]], Searcher]:
+def online(name: str, **values: Any) -> tuple[list[dict[str, Any]], Searcher]:
     algorithm = Searcher()
-    config = EvaluateConfig(protocol=protocol, repetitions=1, **values)
-    return run_protocol(algorithm, FAMILY, buffers(), TASKS, config, ("test",), 0)[0], algorithm
+    return evaluate(algorithm, name, repetitions=1, **values)[0], algorithm
 
 
 def test_online_prior_explores_with_training_embeddings_and_uses_its_own_transitions_alone():
@@ -199,8 +224,8 @@ def test_online_prior_explores_with_training_embeddings_and_uses_its_own_transit
     training = {tuple(np.float32(t["parameters"]["goal"])) for t in TASKS[:3]}
     tried = [{tuple(z.numpy()) for z in zs} for zs in algorithm.acted[: 6 * FAMILY.horizon]]
     assert set().union(*tried) == training
-    assert [c.reward.shape for c in algorithm.contexts[1:]] == [(1, 6 * 20)] * 5 + [(1, 7 * 20)] * 5
-    assert all(float(c.reward.max()) <= 1 for c in algorithm.contexts[1:])
+    assert [c.shape for c in algorithm.contexts[1:]] == [(5, 6 * 20), (5, 7 * 20)]
+    assert all(float(c.signal.max()) <= 1 for c in algorithm.contexts[1:])
     assert [r["context_transitions"] for r in rows if r["task"] == 4] == [0] * 6 + [120, 140]
     # a training task meets its own goal among six draws of three, with this seed, and stays there
     assert [r["return"] for r in rows if r["task"] == 0 and r["counted"]] > [10.0]
@@ -211,45 +236,45 @@ def test_online_idaq_keeps_the_best_of_the_exploration():
     for task in range(5):
         explored = sorted(r["return"] for r in rows if r["task"] == task and r["episode"] < 6)
         kept = sum(value >= explored[-1] for value in explored)  # the best one, with its equals
-        assert algorithm.contexts[1 + task].reward.shape == (1, 20 * kept)
+        assert algorithm.contexts[1 + task].shape == (1, 20 * kept)
         assert rows[6 * 5 + task]["context_transitions"] == 20 * kept
     assert {r["counted"] for r in rows if r["episode"] < 7} == {False}
 
 
 def test_online_protocols_leave_episodes_for_the_adapted_policy():
     with pytest.raises(ValueError, match="exploration_episodes = 10 leaves none of episodes = 10"):
-        EvaluateConfig(protocol="online-prior", episodes=10)
+        protocol("online-prior").CONFIG(episodes=10)
 
 
 def test_ood_contexts_come_from_other_training_tasks_with_this_tasks_reward():
     features = np.zeros((5, 50, 0), np.float32)
     rngs = [np.random.default_rng(i) for i in range(5)]
-    found = other_tasks_context(buffers(), features, FAMILY, TASKS, 40, rngs)
+    run = Run(GoalReader(), FAMILY, buffers(), TASKS, None, ("test",), 0)
+    found = other_tasks_context(run, features, 40, rngs)
     goals = np.array([t["parameters"]["goal"] for t in TASKS], dtype=np.float32)
     for place, task in enumerate(TASKS):
         others = {tuple(goals[i]) for i in range(3) if i != place}
-        assert {tuple(row) for row in found.observation[place]} == others
+        assert {tuple(row.numpy()) for row in found.observation[place]} == others
         dense, sparse = FAMILY.reward(
-            task["parameters"], found.observation[place], found.action[place], found.next_observation[place],
-            features[place, :40],
+            task["parameters"], found.observation[place].numpy(), found.action[place].numpy(),
+            found.next_observation[place].numpy(), features[place, :40],
         )  # fmt: skip
         np.testing.assert_array_equal(found.reward[place], dense)
-        np.testing.assert_array_equal(found.sparse_reward[place], sparse)
-    config = EvaluateConfig(protocol="ood-checkpoint", episodes=2, context_per_episode=20, repetitions=1)
+        np.testing.assert_array_equal(found.signal[place], sparse)
     algorithm = Searcher()
-    run_protocol(algorithm, FAMILY, buffers(), TASKS, config, ("test",), 0, features)
-    assert [c.reward.shape for c in algorithm.contexts] == [(5, 20), (5, 40)]
-    assert all(float(c.reward.max()) <= 1 for c in algorithm.contexts)
+    evaluate(algorithm, "ood-checkpoint", features=features, episodes=2, context_per_episode=20, repetitions=1)
+    assert [c.shape for c in algorithm.contexts] == [(5, 20), (5, 40)]
+    assert all(float(c.signal.max()) <= 1 for c in algorithm.contexts)
 
 
 class Weigher(Searcher):
     """The embedding of a transition is its reward; rewarded ones weigh twice as much."""
 
     def infer(self, context: Experience) -> torch.Tensor:
-        return context.reward.mean(dim=1, keepdim=True)
+        return context.signal.mean(dim=1, keepdim=True)
 
     def attention_weights(self, context: Experience) -> torch.Tensor:
-        weights = 1.0 + (context.reward != 0)
+        weights = 1.0 + (context.signal != 0)
         return weights / weights.mean(dim=1, keepdim=True)
 
 

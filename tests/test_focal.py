@@ -14,7 +14,7 @@ from batches import bag_of, meta_batch, moves_of, update
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omrl.algorithms.base import Spec, create, load_model, save_model
+from omrl.algorithms.base import Draw, Spec, create, load_model, save_model
 from omrl.algorithms.focal import Focal, distance_metric_loss
 from omrl.core.errors import UserError
 from omrl.nets.experience import Experience
@@ -32,8 +32,8 @@ def source(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def focal(seed: int = 0, sizes: Spec = SIZES, **values: Any) -> Focal:
-    return create("focal", SMALL | values, sizes, seed, "cpu")
+def focal(seed: int = 0, spec: Spec = SIZES, **values: Any) -> Focal:
+    return create("focal", SMALL | values, spec, seed, "cpu")
 
 
 def made_batch(
@@ -219,7 +219,7 @@ def test_metric_loss_does_not_reach_actor_and_critic(values):
 def with_rewards(batch: dict[str, Experience], factor: float) -> dict[str, Experience]:
     old = batch["transitions"]
     new = moves_of(old.observation, old.action, old.reward * factor, old.next_observation, old.terminal)
-    return meta_batch(batch["context"].task, batch["context"], new, batch.more)
+    return {**batch, "transitions": new}
 
 
 @pytest.mark.parametrize("values", [{}, {"encoder": "probabilistic"}], ids=["deterministic", "probabilistic"])
@@ -322,21 +322,12 @@ def test_inference_of_the_probabilistic_encoder_is_its_mean():
     )
 
 
-def test_fresh_batches_are_drawn_only_for_the_discriminator():
-    drawn: list[int] = []
-    for values, expected in (({}, 0), (BOTH_PENALTIES, 2)):
-        batch = made_batch()
-        draw = batch.more
-        more = lambda draw=draw: (drawn.append(1), draw())[1]  # noqa: E731
-        counted = meta_batch(batch["context"].task, batch["context"], batch["transitions"], more)
-        drawn.clear()
-        update(focal(**values), counted)
-        assert len(drawn) == expected
-
-
 def test_batch_sizes_follow_the_configuration():
-    assert vars(focal().batch_sizes()) == {"meta_batch": 4, "context": 12, "transitions": 8}
-    assert focal(context_is_rl_batch=True).batch_sizes().context == 0
+    (phase,) = focal().phases(7)
+    assert (phase.steps, phase.meta_batch, phase.replace) == (7, 4, True)
+    assert phase.draws == {"transitions": Draw(8), "context": Draw(12, source="context")}
+    assert list(focal(context_is_rl_batch=True).phases(7)[0].draws) == ["transitions"]
+    assert list(focal(**BOTH_PENALTIES).phases(7)[0].draws) == ["transitions", "context", "more0", "more1"]
 
 
 # --- acting, saving, loading -----------------------------------------------------------------------------------
@@ -371,7 +362,7 @@ def test_a_saved_model_acts_alike(arm, tmp_path):
     observation = batch["transitions"].observation
     assert torch.equal(loaded.actions(observation, z), algorithm.actions(observation, z))
     assert loaded.config == algorithm.config
-    assert loaded.sizes == algorithm.sizes
+    assert loaded.spec == algorithm.spec
     saved = json.loads((tmp_path / "config.json").read_text())
     assert (saved["name"], saved["algorithm"], saved["seed"]) == ("mine", "focal", 5)
 
@@ -416,7 +407,7 @@ def test_a_model_of_another_configuration_is_named(tmp_path):
 def test_training_goes_on_from_a_saved_state_as_if_never_stopped(arm):
     whole = focal(**ARMS[arm])
     for i in range(4):
-        whole.update(made_batch(i))
+        update(whole, made_batch(i))
     first = focal(**ARMS[arm])
     for i in range(2):
         update(first, made_batch(i))
@@ -469,7 +460,7 @@ def test_an_unknown_algorithm_gets_a_suggestion():
 def test_context_width_follows_the_sizes():
     assert Spec(2, 2, False).context == 5  # Sparse-Point-Robot
     assert Spec(2, 2, True).context == 7  # Point-Robot-Wind
-    assert focal(sizes=Spec(3, 1, True)).encoder.net.weights[0].shape[1] == 8
+    assert focal(spec=Spec(3, 1, True)).encoder.net.weights[0].shape[1] == 8
 
 
 # --- it learns -------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_a_block_is_the_identity_at_initialization(kind):
 
 @pytest.mark.parametrize("arm", ["full", "batch", "row"])
 def test_weights_start_at_one_and_keep_mean_one(arm):
-    context = made_batch().context
+    context = made_batch()["context"]
     torch.testing.assert_close(focalpp(**ARMS[arm]).attention_weights(context), torch.ones(4, 12))
     weights = shaken(focalpp(**ARMS[arm])).attention_weights(context)
     torch.testing.assert_close(weights.mean(1), torch.ones(4))
@@ -101,9 +101,9 @@ def test_weights_start_at_one_and_keep_mean_one(arm):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_order_of_the_context_does_not_matter(arm):
-    algorithm, c = shaken(focalpp(**ARMS[arm])), made_batch().context
+    algorithm, c = shaken(focalpp(**ARMS[arm])), made_batch()["context"]
     order = torch.randperm(12, generator=source(3))
-    other = bag_of(c.observation[:, order], c.action[:, order], c.reward[:, order])
+    other = bag_of(c.observation[:, order], c.action[:, order], c.signal[:, order])
     torch.testing.assert_close(algorithm.infer(other), algorithm.infer(c))
     torch.testing.assert_close(algorithm.attention_weights(other), algorithm.attention_weights(c)[:, order])
     assert float(algorithm.infer(c).abs().max()) < 1 + 1e-6  # tanh saturates to 1 in float32
@@ -115,7 +115,7 @@ def test_entries_attend_to_each_other_and_a_row_cannot():
         encoder = focalpp(tokens=tokens).encoder
         assert isinstance(encoder, AttentionEncoder)
         encoder.blocks[0].attention.register_forward_hook(lambda m, i, o, seen=seen: seen.append(i[0].shape[1]))
-        encoder(made_batch().context.rows())
+        encoder(made_batch()["context"].rows(False))
         assert seen == [expected]
 
 
@@ -149,14 +149,14 @@ def test_arms_have_no_parts_that_they_do_not_use():
     assert "blocks" not in names("contrastive")
     assert "key." in names("contrastive")
     assert "key." not in names("metric")
-    assert (focalpp().batch_sizes().context, focalpp(loss="metric").batch_sizes().context) == (12, 6)
+    assert [focalpp(loss=x).phases(1)[0].draws["context"].rows for x in ("contrastive", "metric")] == [12, 6]
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_trains_saves_and_goes_on(arm, tmp_path):
     whole, first, second = (focalpp(seed, **ARMS[arm]) for seed in (0, 0, 9))
     for i in range(4):
-        scalars = whole.update(made_batch(i))
+        scalars = update(whole, made_batch(i))
     assert all(torch.isfinite(value) for value in scalars.values())
     for i in range(2):
         update(first, made_batch(i))
@@ -167,7 +167,7 @@ def test_every_arm_trains_saves_and_goes_on(arm, tmp_path):
     assert state.keys() == other.keys()
     assert all(torch.equal(state[k], other[k]) for k in state)
     save_model(whole, tmp_path, "mine", "focalpp")
-    assert torch.equal(load_model(tmp_path, "cpu").infer(made_batch().context), whole.infer(made_batch().context))
+    assert torch.equal(load_model(tmp_path, "cpu").infer(made_batch()["context"]), whole.infer(made_batch()["context"]))
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
 
 
 def test_a_row_more_never_widens_the_posterior_and_order_does_not_matter():
-    algorithm, rows = spread(make()), made_batch().context.rows()
+    algorithm, rows = spread(make()), made_batch()["context"].rows(False)
     mean, variance = algorithm.encoder(rows)
     turned = algorithm.encoder(rows.flip(1))
     torch.testing.assert_close(turned[0], mean)
@@ -92,7 +92,7 @@ def test_one_factor_alone_is_the_posterior_and_its_mean_is_unbounded():
     algorithm = spread(make())
     with torch.no_grad():
         algorithm.encoder.net.biases[-1][..., :3] = 7.0
-    rows = made_batch().context.rows()[:, :1]
+    rows = made_batch()["context"].rows(False)[:, :1]
     mean, variance = algorithm.encoder(rows)
     raw = double(algorithm.encoder.net, rows[:, 0].double().numpy())
     np.testing.assert_allclose(mean.detach().numpy(), raw[:, :3], rtol=1e-4)
@@ -101,9 +101,9 @@ def test_one_factor_alone_is_the_posterior_and_its_mean_is_unbounded():
 
 
 def test_inference_is_the_posteriors_mean_and_draws_nothing():
-    algorithm, context = spread(make()), made_batch().context
+    algorithm, context = spread(make()), made_batch()["context"]
     stream = algorithm.generators()["noise"].get_state()
-    assert torch.equal(algorithm.infer(context), algorithm.encoder(context.rows())[0].detach())
+    assert torch.equal(algorithm.infer(context), algorithm.encoder(algorithm.rows(context))[0].detach())
     assert torch.equal(algorithm.generators()["noise"].get_state(), stream)
 
 
@@ -159,11 +159,10 @@ def test_neither_policy_nor_value_trains_the_encoder():
 
 
 def test_regularization_costs_nothing_where_it_is_off():
-    for values, batches in (({}, 0), (REGULARIZED, 2)):
-        drawn: list[int] = []
+    for values, further in (({}, []), (REGULARIZED, ["more0", "more1"])):
         algorithm = make(**values)
-        scalars = update(algorithm, made_batch(drawn=drawn))
-        assert len(drawn) == batches
+        assert [name for name in algorithm.phases(1)[0].draws if name.startswith("more")] == further
+        scalars = update(algorithm, made_batch())
         assert ("c" in algorithm.optimizers()) == ("divergence" in scalars) == bool(values)
         assert "metric_loss" not in scalars
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -15,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from omrl.algorithms.base import Spec, create, load_model
+from omrl.algorithms.base import Draw, Phase, Spec, create, load_model
 from omrl.algorithms.focal import Focal
 from omrl.core.config import parse
 from omrl.core.errors import UserError
@@ -28,7 +30,7 @@ from omrl.learning.train import Curve, MetaTrainConfig, Sampler, build_model, tr
 from omrl.nets.experience import Experience
 
 CPU = torch.device("cpu")
-SIZES = Spec(2, 1, True)
+SIZES = Spec(2, 1, True, horizon=20, tasks=2)
 SMALL = {
     "latent_dim": 2, "encoder_width": 8, "encoder_depth": 1, "width": 8, "depth": 1,
     "meta_batch": 4, "rl_batch": 6, "context_batch": 5,
@@ -50,14 +52,31 @@ def marked(tasks: int = 3, rows: int = 50) -> TaskData:
     def column(offset: float, width: int) -> np.ndarray:
         return np.stack([code + offset + 0.125 * i for i in range(width)], -1).astype(np.float32)
 
-    return TaskData(
-        tuple(range(tasks)), column(10000, 2), column(20000, 1), code + 30000, code + 40000, column(50000, 2),
-        (np.arange(rows)[None] % 7 == 0).repeat(tasks, 0).astype(np.float32),
-    )  # fmt: skip
+    return TaskData.of_bags(
+        range(tasks),
+        observation=column(10000, 2),
+        action=column(20000, 1),
+        reward=code + 30000,
+        sparse_reward=code + 40000,
+        next_observation=column(50000, 2),
+        terminal=(np.arange(rows)[None] % 7 == 0).repeat(tasks, 0).astype(np.float32),
+    )
 
 
-def sampler(sizes: BatchSpec, seed: int = 0, with_next: bool = True, **shape: int) -> Sampler:
-    return Sampler(marked(**shape), sizes, with_next, seed, CPU)
+class Drawn:
+    """A sampler with its phase."""
+
+    def __init__(
+        self, meta_batch: int, context: int, rows: int, seed: int = 0, tasks: int = 3, shape_rows: int = 50
+    ) -> None:
+        draws = {"transitions": Draw(rows), "context": Draw(context), "more0": Draw(rows), "more1": Draw(rows)}
+        self.phase, self.sampler = (
+            Phase("training", 1, meta_batch, draws),
+            Sampler(marked(tasks, shape_rows), seed, CPU),
+        )
+
+    def draw(self) -> dict[str, Experience]:
+        return self.sampler.draw(self.phase)
 
 
 # --- sampler ---------------------------------------------------------------------------------------------------
@@ -73,31 +92,26 @@ def check(batch: dict[str, Experience]) -> tuple[torch.Tensor, torch.Tensor]:
     row = code % 1000
     assert torch.equal(t.terminal, (row % 7 == 0).float())
     assert torch.equal(code // 1000, batch["context"].task[:, None].expand_as(code).float())
-    seen = c.reward - 40000  # sparse
+    seen = c.signal - 40000  # sparse
     assert torch.equal(c.observation, torch.stack([seen + 10000, seen + 10000.125], -1))
     assert torch.equal(c.action, (seen + 20000)[..., None])
     assert torch.equal(seen // 1000, batch["context"].task[:, None].expand_as(seen).float())
-    if c.next_observation is not None:
-        assert torch.equal(c.next_observation, torch.stack([seen + 50000, seen + 50000.125], -1))
+    assert torch.equal(c.next_observation, torch.stack([seen + 50000, seen + 50000.125], -1))
     return row, seen % 1000
 
 
 def test_rows_belong_together_and_rewards_go_to_their_readers():
     """The encoder gets the sparse reward, actor and critic the dense one."""
-    drawn = sampler(BatchSpec(8, 16, 12))
+    drawn = Drawn(8, 16, 12)
     for _ in range(5):
         batch = drawn.draw()
         assert batch["transitions"].observation.shape == (8, 12, 2)
-        assert algorithm.rows(batch["context"]).shape == (8, 16, 6)
+        assert batch["context"].rows(True).shape == (8, 16, 6)
         check(batch)
 
 
-def test_context_has_next_observations_only_when_asked():
-    assert sampler(BatchSpec(2, 3, 4), with_next=False).draw().context.next_observation is None
-
-
 def test_tasks_repeat_and_each_repeat_draws_its_own():
-    drawn, repeats = sampler(BatchSpec(8, 40, 40), rows=1000), 0
+    drawn, repeats = Drawn(8, 40, 40, of=1000), 0
     for _ in range(10):
         batch = drawn.draw()
         rl, context = check(batch)
@@ -111,14 +125,9 @@ def test_tasks_repeat_and_each_repeat_draws_its_own():
     assert repeats > 0
 
 
-def test_a_context_size_of_zero_means_the_rl_batch_itself():
-    rl, context = check(sampler(BatchSpec(4, 0, 9)).draw())
-    assert torch.equal(rl, context)
-
-
 def test_more_are_other_transitions_of_the_same_tasks():
-    batch = sampler(BatchSpec(4, 5, 20), rows=1000).draw()
-    first, second = batch.more(), batch.more()
+    batch = Drawn(4, 5, 20, of=1000).draw()
+    first, second = batch["more0"], batch["more1"]
     for more in (first, second):
         tasks = (more.reward - 30000) // 1000
         assert torch.equal(tasks, batch["context"].task[:, None].expand_as(tasks).float())
@@ -127,7 +136,7 @@ def test_more_are_other_transitions_of_the_same_tasks():
 
 
 def test_tasks_and_rows_are_uniform():
-    drawn, tasks, rows = sampler(BatchSpec(16, 4, 64), rows=10), np.zeros(3), np.zeros(10)
+    drawn, tasks, rows = Drawn(16, 4, 64, of=10), np.zeros(3), np.zeros(10)
     for _ in range(300):
         batch = drawn.draw()
         tasks += np.bincount(batch["context"].task.numpy(), minlength=3)
@@ -139,25 +148,24 @@ def test_tasks_and_rows_are_uniform():
 
 def test_share_of_positive_pairs_is_that_of_draws_with_replacement():
     """20 tasks, meta-batch 16: 6 of the 120 pairs on average; without replacement there would be none."""
-    drawn, pairs = sampler(BatchSpec(16, 1, 1), tasks=20, rows=2), []
+    drawn, pairs = Drawn(16, 1, 1, tasks=20, of=2), []
     for _ in range(2000):
-        count = np.bincount(drawn.draw().tasks.numpy(), minlength=20)
+        count = np.bincount(drawn.draw()["context"].task.numpy(), minlength=20)
         pairs.append((count * (count - 1) // 2).sum())
     assert np.mean(pairs) == pytest.approx(6.0, abs=0.3)
 
 
 def test_draws_repeat_by_seed():
-    one, two, other = (sampler(BatchSpec(4, 5, 6), seed).draw() for seed in (0, 0, 1))
-    assert torch.equal(one.transitions.reward, two.transitions.reward)
-    assert torch.equal(one.context.reward, two.context.reward)
-    assert not torch.equal(one.transitions.reward, other.transitions.reward)
+    one, two, other = (Drawn(4, 5, 6, seed).draw() for seed in (0, 0, 1))
+    assert torch.equal(one["transitions"].reward, two["transitions"].reward)
+    assert torch.equal(one["context"].reward, two["context"].reward)
+    assert not torch.equal(one["transitions"].reward, other["transitions"].reward)
 
 
 def test_drawing_leaves_the_datasets_alone():
-    buffers = marked()
-    drawn = Sampler(buffers, BatchSpec(4, 5, 6), True, 0, CPU)
-    drawn.draw().transitions.observation.zero_()
-    assert np.array_equal(buffers.observation, marked().observation)
+    drawn = Drawn(4, 5, 6)
+    drawn.draw()["transitions"].observation.zero_()
+    assert np.array_equal(drawn.sampler.data.observation, marked().observation)
     check(drawn.draw())
 
 
@@ -169,10 +177,18 @@ def test_rows_of_the_curve_are_means():
     for step in range(1, 6):
         curve.add({"a": torch.tensor(float(step)), "b": torch.tensor([0.5])})
         if step in (2, 5):
-            curve.close(step)
-    assert curve.rows == ["step,a,b", "2,1.5,0.5", "5,4,0.5"]
+            curve.close(step, "training")
+    assert curve.text().split() == ["step,phase,a,b", "2,training,1.5,0.5", "5,training,4,0.5"]
     with pytest.raises(ValueError, match="no step"):
-        curve.close(6)
+        curve.close(6, "training")
+
+
+def test_phases_with_other_scalars_leave_cells_empty():
+    curve = Curve()
+    for step, phase in enumerate(("first", "second"), 1):
+        curve.add({"loss": torch.tensor(1.0), phase: torch.tensor(2.0)})
+        curve.close(step, phase)
+    assert curve.text().split() == ["step,phase,loss,first,second", "1,first,1,2,", "2,second,1,,2"]
 
 
 # --- loop ------------------------------------------------------------------------------------------------------
@@ -181,9 +197,9 @@ def test_rows_of_the_curve_are_means():
 def parts(seed: int = 0, **values: Any) -> tuple[Focal, Sampler]:
     algorithm = create("focal", SMALL | values, SIZES, seed, "cpu")
     buffers = marked()
-    small = TaskData(buffers.tasks, *(getattr(buffers, n) / 60000 for n in (
-        "observation", "action", "reward", "sparse_reward", "next_observation", "terminal")))  # fmt: skip
-    return algorithm, Sampler(small, algorithm.batch_sizes(), True, seed, CPU)
+    small = TaskData.of_bags(buffers.tasks, **{n: getattr(buffers, n) / 60000 for n in (
+        "observation", "action", "reward", "sparse_reward", "next_observation", "terminal")})  # fmt: skip
+    return algorithm, Sampler(small, seed, CPU)
 
 
 def settings(**values: Any) -> MetaTrainConfig:
@@ -191,24 +207,24 @@ def settings(**values: Any) -> MetaTrainConfig:
 
 
 def test_the_curve_has_a_row_per_log_every_and_one_for_the_rest(tmp_path):
-    curve = train(*parts(), settings(), tmp_path / "state")
-    assert [row.split(",")[0] for row in curve.rows] == ["step", *map(str, range(3, 22, 3)), "23"]
+    curve = train(*parts(), settings(), tmp_path / "state").curve
+    assert [row["step"] for row in curve.rows] == [*map(str, range(3, 22, 3)), "23"]
 
 
 def test_scalars_of_a_row_are_the_mean_of_its_steps(tmp_path, monkeypatch):
     seen: list[float] = []
     original = Focal.update
 
-    def update(self: Focal, batch: dict[str, Experience]) -> dict[str, torch.Tensor]:
-        scalars = original(self, batch)
+    def update(self: Focal, phase: Phase, batch: dict[str, Experience]) -> dict[str, torch.Tensor]:
+        scalars = original(self, phase, batch)
         seen.append(float(scalars["q_loss"]))
         return scalars
 
     monkeypatch.setattr(Focal, "update", update)
-    rows = [row.split(",") for row in train(*parts(), settings(), tmp_path / "state").rows]
-    place = rows[0].index("q_loss")
-    got = [float(row[place]) for row in rows[1:]]
-    expected = [np.mean(seen[max(0, int(row[0]) - (3 if row[0] != "23" else 2)) : int(row[0])]) for row in rows[1:]]
+    rows = train(*parts(), settings(), tmp_path / "state").curve.rows
+    got = [float(row["q_loss"]) for row in rows]
+    ends = [int(row["step"]) for row in rows]
+    expected = [np.mean(seen[first:last]) for first, last in itertools.pairwise([0, *ends])]
     np.testing.assert_allclose(got, expected, rtol=1e-7)
 
 
@@ -220,11 +236,11 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """Let the ``at``-th update of this process be its last."""
     original, count = Focal.update, [0]
 
-    def update(self: Focal, batch: dict[str, Experience]) -> dict[str, torch.Tensor]:
+    def update(self: Focal, phase: Phase, batch: dict[str, Experience]) -> dict[str, torch.Tensor]:
         count[0] += 1
         if count[0] == at:
             raise Killed
-        return original(self, batch)
+        return original(self, phase, batch)
 
     monkeypatch.setattr(Focal, "update", update)
 
@@ -233,14 +249,14 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 @pytest.mark.parametrize("stops", [[1], [5], [7], [8], [23], [4, 8, 3], [22, 3]], ids=str)
 def test_interruptions_leave_no_trace(tmp_path, stops, values):
     whole, feed = parts(**values)
-    expected = train(whole, feed, settings(), tmp_path / "whole").rows
+    expected = train(whole, feed, settings(), tmp_path / "whole").curve.rows
     for stop in stops:
         with pytest.MonkeyPatch.context() as patch:
             interrupted(patch, stop)
             with pytest.raises(Killed):
                 train(*parts(**values), settings(), tmp_path / "state")
     algorithm, feed = parts(**values)
-    assert train(algorithm, feed, settings(), tmp_path / "state").rows == expected
+    assert train(algorithm, feed, settings(), tmp_path / "state").curve.rows == expected
     one, two = whole.training_state(), algorithm.training_state()
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -253,7 +269,7 @@ def test_a_second_run_goes_on_instead_of_starting_over(tmp_path, monkeypatch):
             train(*parts(), settings(), tmp_path / "state")
     count: list[int] = []
     original = Focal.update
-    monkeypatch.setattr(Focal, "update", lambda self, batch: (count.append(1), original(self, batch))[1])
+    monkeypatch.setattr(Focal, "update", lambda self, phase, batch: (count.append(1), original(self, phase, batch))[1])
     train(*parts(), settings(), tmp_path / "state")
     assert len(count) == 23 - 18  # rows end at 3, 6, ..., 18; states at the first ends 5 or more apart: 6, 12, 18
 
@@ -261,7 +277,7 @@ def test_a_second_run_goes_on_instead_of_starting_over(tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["empty", "half", "other", "no step"])
 def test_a_damaged_state_starts_over(tmp_path, damage):
     whole, feed = parts()
-    expected = train(whole, feed, settings(), tmp_path / "whole").rows
+    expected = train(whole, feed, settings(), tmp_path / "whole").curve.rows
     state = tmp_path / "state"
     with pytest.MonkeyPatch.context() as patch:
         interrupted(patch, 20)
@@ -275,7 +291,7 @@ def test_a_damaged_state_starts_over(tmp_path, damage):
     else:
         state.write_bytes({"empty": b"", "half": data[: len(data) // 2], "other": b"not tensors"}[damage])
     algorithm, feed = parts()
-    assert train(algorithm, feed, settings(), state).rows == expected
+    assert train(algorithm, feed, settings(), state).curve.rows == expected
     one, two = whole.model_state(), algorithm.model_state()
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -283,7 +299,9 @@ def test_a_damaged_state_starts_over(tmp_path, damage):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_divergence_stops_with_the_name_and_the_step(tmp_path, monkeypatch, bad):
     original = Focal.update
-    monkeypatch.setattr(Focal, "update", lambda self, batch: original(self, batch) | {"q_loss": torch.tensor(bad)})
+    monkeypatch.setattr(
+        Focal, "update", lambda self, phase, batch: original(self, phase, batch) | {"q_loss": torch.tensor(bad)}
+    )
     with pytest.raises(UserError, match=r"q_loss is not finite at step 3.*params\.yaml"):
         train(*parts(), settings(), tmp_path / "state")
     assert not (tmp_path / "state").exists()
@@ -345,10 +363,11 @@ def make_pipeline() -> None:
 TARGET = "data/models/mine/expert/4"
 
 
-def cell(seed: int = 4, **values: Any) -> None:
+def cell(seed: int = 4, name: str = "mine", target: str | None = None, **values: Any) -> None:
     build_model(
-        name="mine", module="focal", overrides=SMALL, dataset="expert", seed=seed, config=settings(**values),
-        sizes=SIZES, code=["data/code/focal.json"], target=f"data/models/mine/expert/{seed}",
+        name=name, module="focal", overrides=SMALL, sources={"transitions": "expert"}, dataset="expert",
+        seed=seed, config=settings(**values), spec=SIZES, inference="sparse", code=["data/code/focal.json"],
+        target=target or f"data/models/mine/expert/{seed}",
     )  # fmt: skip
 
 
@@ -366,9 +385,34 @@ def test_a_cell_is_whole_and_tells_what_it_is(pipeline):
     assert manifest["parameters"]["config"]["latent_dim"] == 2
     assert manifest["files"]["curve.csv"]["rows"] == 8
     model = load_model(TARGET, "cpu")
-    assert model.sizes == SIZES
+    assert model.spec == SIZES
     assert not list(Path("data/.scratch/meta_train").iterdir())
     assert not list(Path(TARGET).parent.glob(".*"))
+
+
+def test_snapshots_lie_along_the_way_and_the_last_is_the_model(pipeline):
+    cell(keep=3, optimizers=True)
+    names = [f"snapshot={step:08d}.safetensors" for step in (8, 15, 23)]
+    assert sorted(path.name for path in Path(TARGET).glob("snapshot*")) == names
+    final = load_file(f"{TARGET}/model.safetensors")
+    first, last = (load_file(f"{TARGET}/{names[i]}") for i in (0, 2))
+    assert all(torch.equal(last[name], final[name]) for name in final)
+    assert not all(torch.equal(first[name], final[name]) for name in final)
+    assert any(name.startswith("optimizer/") for name in load_file(f"{TARGET}/training.safetensors"))
+    kept = hashes(TARGET)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted(patch, 20)
+        with pytest.raises(Killed):
+            cell(keep=3, optimizers=True)
+    cell(keep=3, optimizers=True)
+    assert hashes(TARGET) == kept
+
+
+def test_a_cells_free_name_does_not_change_its_numbers(pipeline):
+    cell()
+    first = hashes(TARGET)["model.safetensors"]
+    cell(name="another", target="data/models/another/expert/4")
+    assert hashes("data/models/another/expert/4")["model.safetensors"] == first
 
 
 def test_the_same_cell_gives_the_same_bytes_and_another_seed_does_not(pipeline):

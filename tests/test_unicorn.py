@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,11 +73,11 @@ def test_the_first_updates_losses_in_double_precision(with_next):
         algorithm.encoder.net.weights[-1].mul_(500)
         algorithm.decoder.weights[-1].mul_(500)
     context = batch["context"]
-    z = np.tanh(double(algorithm.encoder.net, context.rows().double().numpy())).mean(1)
+    z = np.tanh(double(algorithm.encoder.net, algorithm.rows(context).double().numpy())).mean(1)
     together, apart, errors = [], [], []
     for i in range(4):
         inputs = np.concatenate([context.observation[i].numpy(), context.action[i].numpy(), np.tile(z[i], (12, 1))], 1)
-        wanted = context.reward[i].numpy()[:, None]
+        wanted = context.signal[i].numpy()[:, None]
         if with_next:
             wanted = np.concatenate([wanted, context.next_observation[i].numpy()], axis=1)
         errors.append((double(algorithm.decoder, inputs) - wanted) ** 2)
@@ -149,6 +150,12 @@ def test_coupled_adds_the_bellman_gradient_for_the_encoder_alone():
     assert not torch.equal(one.decoder.weights[0], start.decoder.weights[0])  # it takes its own step
 
 
+def both(batch: dict[str, Experience]) -> dict[str, Experience]:
+    """The batch with a signal in the rows to learn from, too: they may be the context."""
+    moves = batch["transitions"]
+    return {**batch, "transitions": replace(moves, signal=moves.reward)}
+
+
 # --- switched off ------------------------------------------------------------------------------------------------
 
 
@@ -159,9 +166,9 @@ def test_without_reconstruction_every_arm_is_focals(values):
     shared = {k: v for k, v in SMALL.items() if k not in OF_THE_DECODER} | {"metric_weight": 0.7} | values
     focal = create("focal", shared, Spec(2, 2, True), 3, "cpu")
     unicorn = create("unicorn", shared | {"reconstruction_weight": 0}, Spec(2, 2, True), 3, "cpu")
-    assert unicorn.batch_sizes() == focal.batch_sizes()
+    assert unicorn.phases(1) == focal.phases(1)
     for i in range(3):
-        one, two = (update(algorithm, made_batch(i, True)) for algorithm in (focal, unicorn))
+        one, two = (update(algorithm, both(made_batch(i, True))) for algorithm in (focal, unicorn))
         assert {k: float(v) for k, v in one.items()} == {k: float(v) for k, v in two.items()}
     assert same(state(focal), state(unicorn))
 
@@ -171,15 +178,15 @@ def test_without_reconstruction_there_is_no_decoder():
     assert set(algorithm.modules()) == {"encoder", "actor_critic"}
     assert not any("decoder" in name for name in algorithm.training_state())
     with pytest.raises(ValueError, match="no decoder"):
-        algorithm.reconstruction_loss(made_batch().context, torch.zeros(4, 3))
+        algorithm.reconstruction_loss(made_batch()["context"], torch.zeros(4, 3))
 
 
 def test_the_decoder_changes_no_other_initial_weight_and_draws_nothing():
     on, off = make(), make(reconstruction_weight=0)
     before = state(off)
     assert all(torch.equal(value, before[name]) for name, value in state(on).items() if name in before)
-    on.update(made_batch())
-    off.update(made_batch())
+    update(on, made_batch())
+    update(off, made_batch())
     streams = [algorithm.generators()["noise"].get_state() for algorithm in (on, off)]
     assert torch.equal(*streams)
 

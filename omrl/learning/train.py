@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -231,11 +231,11 @@ def _refuse_divergence(means: dict[str, float], step: int, description: str) -> 
 
 
 def load_data(
-    sources: Mapping[str, str], tasks: Sequence[int], family: Family, time_limit_terminal: bool
+    sources: Mapping[str, str], tasks: Sequence[int], inference: Literal["dense", "sparse"], time_limit_terminal: bool
 ) -> dict[str, TaskData]:
     """Return the datasets of a training, ``transitions`` and ``context``, which is absent where they are one."""
     return {
-        role: TaskData.load(f"data/datasets/{name}", tasks, family.inference_reward, time_limit_terminal)
+        role: TaskData.load(f"data/datasets/{name}", tasks, inference, time_limit_terminal)
         for role, name in sources.items()
     }
 
@@ -255,7 +255,8 @@ def build_model(
     dataset: str,
     seed: int,
     config: MetaTrainConfig,
-    family: Family,
+    spec: Spec,
+    inference: Literal["dense", "sparse"],
     code: Sequence[str],
     target: str | Path,
 ) -> None:
@@ -269,7 +270,8 @@ def build_model(
         dataset: name of the training dataset or pair.
         seed: of this cell.
         config: section ``meta_train``.
-        family: environment.
+        spec: of the environment; the number of training tasks is set here.
+        inference: which reward inference may see.
         code: fingerprint files this depends on.
         target: ``data/models/<name>/<dataset>/<seed>``.
 
@@ -279,9 +281,8 @@ def build_model(
     tasks = read_json("data/tasks/all.json")["train"]
     inputs = input_hashes("data/tasks/all.json", *(f"data/datasets/{x}" for x in sources.values()), *code)
     own_seed = seeding.integer(seed, "meta_train")
-    algorithm = create(
-        module, overrides, spec_of(family, len(tasks)), own_seed, config.device, f"params.yaml: algorithms.{name}"
-    )
+    spec = replace(spec, tasks=len(tasks))
+    algorithm = create(module, overrides, spec, own_seed, config.device, f"params.yaml: algorithms.{name}")
     parameters = {
         "algorithm": name,
         "module": module,
@@ -293,7 +294,7 @@ def build_model(
         "device": algorithm.device.type,
     }
     with scratch("meta_train", {**parameters, "inputs": inputs}, _PACKAGES) as work:
-        data = load_data(sources, tasks, family, config.time_limit_terminal)
+        data = load_data(sources, tasks, inference, config.time_limit_terminal)
         sampler = make_sampler(algorithm, data, own_seed)
         done = train(algorithm, sampler, config, work / _STATE, f"{name} on {dataset}, seed {seed}")
         with atomic_dir(target) as folder:
@@ -333,7 +334,7 @@ def snapshot_name(step: int) -> str:
     return f"snapshot={step:08d}.safetensors"
 
 
-def spec_of(family: Family, tasks: int) -> Spec:
+def spec_of(family: Family, tasks: int = 1) -> Spec:
     """Return what a method knows of the environment."""
     return Spec(
         family.observation_size, family.action_size, family.context_next_observation, family.horizon, tasks,
