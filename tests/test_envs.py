@@ -21,9 +21,7 @@ from omrl.envs.base import Family, load_family
 
 FAMILIES = [name for name in registry.names("omrl.envs") if "point-robot" in name]
 EXTRA = pytest.mark.skipif(not importlib.util.find_spec("metaworld"), reason="needs 'make setup-metaworld'")
-ALL = [
-    pytest.param(name, marks=EXTRA if name.startswith("metaworld-") else ()) for name in registry.names("omrl.envs")
-]
+ALL = [pytest.param(name, marks=EXTRA if name.startswith("metaworld-") else ()) for name in registry.names("omrl.envs")]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -357,7 +355,9 @@ def test_relabelling_may_change_what_the_family_allows():
     family = load_family("sparse-point-robot")
     assert family.relabelled({"radius": 0.5}, "x").config.resolved() == {**family.config.resolved(), "radius": 0.5}
     assert family.relabelled({}, "x").config == family.config
-    with pytest.raises(UserError, match=r"^x\.env_config\.horizon: relabelling changes rewards alone; expected radius, "):
+    with pytest.raises(
+        UserError, match=r"^x\.env_config\.horizon: relabelling changes rewards alone; expected radius, "
+    ):
         family.relabelled({"horizon": 3}, "x")
     with pytest.raises(UserError, match=r"^x\.env_config\.radius = 0: expected greater than 0"):
         family.relabelled({"radius": 0}, "x")

@@ -15,6 +15,7 @@ from omrl.core.errors import UserError
 from omrl.core.files import read_json, write_json, write_manifest
 from omrl.data import parquet
 from omrl.data.build import build_relabelled
+from omrl.data.cards import describe
 from omrl.data.relabel import RelabelConfig, merge, merge_stream, quotas, relabel_rows
 from omrl.data.schema import concatenate, keys
 from omrl.data.taskdata import TaskBuffers
@@ -332,6 +333,12 @@ def test_the_folder_is_complete_and_the_same_twice(place, tmp_path):
     assert (card["name"], card["kind"], card["rows"], card["tasks"], card["rows_per_task"]) == (
         "relabelled", "relabelled", 260, 5, 52,
     )  # fmt: skip
+    lines = describe(place).splitlines()
+    assert lines[0] == "relabelled (relabelled): source: mixed, tasks: all, unit: row"
+    assert [line.split() for line in lines[3:]] == [
+        ["step", "rows"],
+        *([c, f"{e['rows']}"] for c, e in card["checkpoints"].items()),
+    ]
     manifest = read_json(place / "manifest.json")
     assert manifest["files"]["task=000.parquet"]["rows"] == 52
     assert "data/datasets/mixed" in manifest["inputs"]

@@ -94,8 +94,7 @@ class BehaviorConfig(Config):
     total_steps: Annotated[int, Field(ge=1, le=10**8)] = 2000
     checkpoint_every: Annotated[int, Field(ge=1)] = 250
     horizon: Annotated[int, Field(ge=1)] = 200
-    # left out of what is recorded when off: manifests keep the bytes they had before there was a choice
-    keep_replay: Annotated[bool, Field(exclude_if=lambda x: not x)] = False
+    keep_replay: bool = False
     matmul: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
     sac: SacConfig = SacConfig()

@@ -52,10 +52,7 @@ class RolloutsConfig(Config):
         horizon: steps of an episode.
     """
 
-    # the default is left out of what is recorded: files keep the bytes they had before there was a choice
-    source: Annotated[Literal["checkpoints", "replay", "scripted"], Field(exclude_if=lambda x: x == "checkpoints")] = (
-        "checkpoints"
-    )
+    source: Literal["checkpoints", "replay", "scripted"] = "checkpoints"
     steps: Literal["all"] | list[int] = "all"
     episodes_per_checkpoint: Annotated[int, Field(ge=1, le=100_000)] = 50
     deterministic_episodes: Annotated[int, Field(ge=0, le=100_000)] = 1

@@ -3,8 +3,8 @@
 Observation (2, float32): x and y of the robot, unbounded, in units of the plane; every episode starts at the
 origin. Action (2, float32, [-1, 1]): push along x and y, scaled to [-0.1, 0.1] units per step; the wind is
 added to the state at every step. Reward: minus the distance to the goal (1, 0) after the move, for task inference
-too; the sparse version of ``PointConfig`` is stored beside it and not used by the papers. No termination; test episodes have
-20 steps (the papers; the released configuration 25).
+too; the sparse version of ``PointConfig`` is stored beside it and not used by the papers. No termination; test
+episodes have 20 steps (the papers; the released configuration 25).
 
 Tasks: 50 winds, uniform on [-0.05, 0.05]^2 from NumPy's legacy generator with seed 1337, all 50 x before all
 50 y, as in the released code; visited in an order seeded by ``tasks.seed`` (the published 40/10 split was
