@@ -352,18 +352,18 @@ def prepare(lengths: dict[int, list[int]]) -> None:
     write_manifest("data/rollouts/a", kind="rollouts", inputs={}, parameters={}, files=files)
 
 
-def build(rows: int = 35, **level) -> dict:
+def build(rows: int = 35, name: str = "mine", **level) -> dict:
     build_level(
-        name="mine",
+        name=name,
         level=LevelConfig(**level),
         rows=rows,
         family=load_family("sparse-point-robot"),
         seed=0,
         shards={"a": [0, 1]},
         code=["data/code/stages/dataset.json"],
-        target="data/datasets/mine",
+        target=f"data/datasets/{name}",
     )
-    return read_json("data/datasets/mine/card.json")
+    return read_json(f"data/datasets/{name}/card.json")
 
 
 def test_a_level_is_cut_from_the_rollouts_with_card_and_manifest(tmp_path, monkeypatch):
@@ -396,6 +396,18 @@ def test_a_level_is_cut_from_the_rollouts_with_card_and_manifest(tmp_path, monke
     assert text.splitlines()[3].split() == ["step", "rows", "episodes", "mean", "q25", "median", "q75", "normal."]
     assert "35 transitions of task 1" in describe(folder / "task=001.parquet")
     assert "36 rows of task" in describe("data/rollouts/a/episodes.parquet")
+
+
+def test_the_same_definition_under_two_names_gives_the_same_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(even)
+    for name, steps in (("mine", "all"), ("yours", "all"), ("other", [0, 250, 500])):
+        build(name=name, steps=steps)
+    mine, yours, other = (
+        parquet.read_transitions(f"data/datasets/{name}/task=000.parquet") for name in ("mine", "yours", "other")
+    )
+    assert keys(mine) == keys(yours)
+    assert keys(mine) != keys(other)
 
 
 def test_a_band_is_judged_by_sampled_episodes(tmp_path, monkeypatch):

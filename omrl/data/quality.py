@@ -293,6 +293,6 @@ def _in_turn(checkpoints: NDArray[Any], rng: np.random.Generator) -> NDArray[np.
     return np.lexsort((draw, turn))
 
 
-def level_stream(seed: int, env: str, level: str, task: int) -> np.random.Generator:
-    """Return the stream that draws a task's episodes for a level."""
-    return seeding.generator(seed, "dataset", env, level, task)
+def level_stream(seed: int, env: str, definition: str, task: int) -> np.random.Generator:
+    """Return the stream that draws a task's episodes for a level, by what it is (``brief``), not by its name."""
+    return seeding.generator(seed, "dataset", env, definition, task)
