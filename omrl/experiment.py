@@ -213,6 +213,9 @@ def check(path: str | Path = FILE) -> list[str]:
         dataset.transitions_per_task,
         where=f"{path}: dataset",
     )
+    saved = values.behavior.checkpoint_steps()
+    rolled_out = values.rollouts.checkpoint_steps(saved)
+    levels.check_names(dataset.levels, rolled_out, saved, values.rollouts.source, where=f"{path}: dataset")
     section = "behavior" if values.rollouts.source == "replay" else "rollouts"
     horizon = getattr(values, section).horizon
     if horizon < family.horizon:

@@ -26,7 +26,7 @@ def prepare(folder: Path, steps: int = 200) -> None:
     values = yaml.safe_load((ROOT / "pipelines/smoke/params.yaml").read_text())
     values["repository"] = str(ROOT)
     values["behavior"] |= {"total_steps": steps, "checkpoint_every": steps // 2}
-    values["dataset"]["levels"] = {"expert": {"steps": [steps]}}
+    values["dataset"]["levels"] = {"expert": {"steps": "last"}}
     folder.mkdir(parents=True)
     (folder / "params.yaml").write_text(yaml.safe_dump(values))
     for stage in ("code", "tasks"):

@@ -18,9 +18,11 @@ from omrl.data import parquet
 from omrl.data.build import build_level
 from omrl.data.cards import describe
 from omrl.data.quality import (
+    NAMES,
     DatasetConfig,
     LevelConfig,
     check_levels,
+    check_names,
     choose_checkpoints,
     level_stream,
     select,
@@ -150,6 +152,73 @@ def test_checkpoints_by_step_by_all_and_by_band():
     assert choose_checkpoints("a", LevelConfig(band=[0.5, 0.9]), 4, NORMALIZED) == [250, 500]
 
 
+def test_checkpoints_by_place_and_by_nearness():
+    assert choose_checkpoints("a", LevelConfig(steps="first"), 4, NORMALIZED) == [0]
+    assert choose_checkpoints("a", LevelConfig(steps="last"), 4, NORMALIZED) == [500]
+    for goal, expected in ((0.5, 250), (0.0, 0), (0.24, 0), (0.26, 250), (0.71, 500), (1.0, 500)):
+        assert choose_checkpoints("a", LevelConfig(nearest=goal), 4, NORMALIZED) == [expected]
+    assert choose_checkpoints("a", LevelConfig(nearest=0.5), 4, {0: 0.25, 9: 0.75, 20: 0.25}) == [0]  # a tie
+    assert choose_checkpoints("a", LevelConfig(nearest=0.5), 4, {0: 0.0, 9: 0.9, 20: 0.4}) == [20]  # not a step
+
+
+def test_the_common_names_have_one_definition():
+    for name, level in NAMES.items():
+        written = {key: value for key, value in level.resolved().items() if value}
+        values = {"train": [name], "test": [name], "levels": {name: written}}
+        assert parse(DatasetConfig, values, "x").levels[name] == level
+    assert choose_checkpoints("medium", NAMES["medium"], 4, NORMALIZED) == [250]
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "message"),
+    [
+        (
+            "medium",
+            {"steps": [500]},
+            r"'medium' is \{nearest: 0\.5\} in every pipeline, not \{steps: \[500\]\}; .*step-500",
+        ),
+        ("random", {"steps": [0]}, r"'random' is \{steps: first\}"),
+        ("expert", {"steps": "last", "deterministic": True}, r"'expert' is \{steps: last\} .* deterministic: True"),
+        ("mixed", {"part": [0, 1]}, r"'mixed' is \{steps: all\}"),
+    ],
+)
+def test_another_definition_needs_another_name(name, level, message):
+    values = {"train": [name], "test": [name], "levels": {name: level}}
+    with pytest.raises(UserError, match=rf"^params\.yaml: dataset\.levels: {message}"):
+        parse(DatasetConfig, values, "params.yaml: dataset")
+
+
+@pytest.mark.parametrize(
+    ("name", "rolled_out", "source", "message"),
+    [
+        (
+            "random",
+            [250, 500],
+            "checkpoints",
+            r"levels\.random: rollouts\.steps has 250, 500: .* 0 and 500, .*step-500",
+        ),
+        ("expert", [0, 250], "checkpoints", r"levels\.expert: rollouts\.steps has 0, 250"),
+        ("expert", [0, 500], "replay", r"levels\.expert with rollouts\.source = replay: expected the name replay"),
+        (
+            "replay",
+            STEPS,
+            "checkpoints",
+            r"levels\.replay with rollouts\.source = checkpoints: expected rollouts\.source",
+        ),
+    ],
+)
+def test_a_common_name_is_refused_where_the_rollouts_have_not_what_it_means(name, rolled_out, source, message):
+    with pytest.raises(UserError, match=rf"^params\.yaml: dataset\.{message}"):
+        check_names({name: NAMES[name]}, rolled_out, STEPS, source, "params.yaml: dataset")
+
+
+def test_a_common_name_is_accepted_where_they_have():
+    levels = {name: level for name, level in NAMES.items() if name != "replay"}
+    check_names(levels, [0, 500], STEPS, "checkpoints", "x")
+    check_names({"replay": NAMES["replay"], "end": LevelConfig(part=[0.8, 1])}, STEPS[:-1], STEPS, "replay", "x")
+    check_names({"step-250": LevelConfig(steps=[250])}, [250], STEPS, "checkpoints", "x")
+
+
 def test_checkpoints_by_part_of_the_run():
     for part, expected in (([0, 0.3], [0]), ([0.3, 0.6], [250]), ([0.6, 1], [500]), ([0, 1], STEPS)):
         assert choose_checkpoints("a", parse(LevelConfig, {"part": part}, "x"), 4, NORMALIZED) == expected
@@ -184,6 +253,9 @@ def check(level: LevelConfig, rows: int) -> None:
         (LevelConfig(steps=[250]), 50),
         (LevelConfig(band=[0.0, 1.0]), 150),
         (LevelConfig(part=[0.3, 1.0]), 100),
+        (LevelConfig(nearest=0.5), 50),
+        (LevelConfig(steps="first"), 50),
+        (LevelConfig(steps="last", deterministic=True), 60),
     ],
 )
 def test_what_the_rollouts_cannot_give_is_refused_before_any_work(level, most):
@@ -206,6 +278,9 @@ def test_a_level_of_a_step_that_is_not_rolled_out_is_refused_before_any_work():
         {"steps": [0, 0]},
         {"steps": "some"},
         {"steps": [0.5]},
+        {"nearest": 1.5},
+        {"nearest": "0.5"},
+        {"nearest": 0.5, "steps": "all"},
         {"band": [0.9, 0.1]},
         {"band": [0.1]},
         {"part": [0.5, 0.5]},
@@ -277,18 +352,18 @@ def prepare(lengths: dict[int, list[int]]) -> None:
     write_manifest("data/rollouts/a", kind="rollouts", inputs={}, parameters={}, files=files)
 
 
-def build(rows: int = 35, **level) -> dict:
+def build(rows: int = 35, name: str = "mine", **level) -> dict:
     build_level(
-        name="mine",
+        name=name,
         level=LevelConfig(**level),
         rows=rows,
         family=load_family("sparse-point-robot"),
         seed=0,
         shards={"a": [0, 1]},
         code=["data/code/stages/dataset.json"],
-        target="data/datasets/mine",
+        target=f"data/datasets/{name}",
     )
-    return read_json("data/datasets/mine/card.json")
+    return read_json(f"data/datasets/{name}/card.json")
 
 
 def test_a_level_is_cut_from_the_rollouts_with_card_and_manifest(tmp_path, monkeypatch):
@@ -312,10 +387,27 @@ def test_a_level_is_cut_from_the_rollouts_with_card_and_manifest(tmp_path, monke
         assert entry["normalized_mean"] == pytest.approx(step / 1000)
     assert card["files"]["task=000.parquet"] == sha256(folder / "task=000.parquet")
     assert sum(card["return_histogram"]["counts"]) == card["episodes"]
+    own = sum(int(step) / 1000 * entry["episodes"] for step, entry in card["checkpoints"].items())
+    assert card["normalized_return"] == pytest.approx(own / card["episodes"])
     text = describe(folder)
-    assert "70 transitions" in text
+    assert text.startswith(
+        f"mine (level, normalized return {card['normalized_return']:.2f}): steps: all\n70 transitions"
+    )
+    assert text.splitlines()[3].split() == ["step", "rows", "episodes", "mean", "q25", "median", "q75", "normal."]
     assert "35 transitions of task 1" in describe(folder / "task=001.parquet")
     assert "36 rows of task" in describe("data/rollouts/a/episodes.parquet")
+
+
+def test_the_same_definition_under_two_names_gives_the_same_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(even)
+    for name, steps in (("mine", "all"), ("yours", "all"), ("other", [0, 250, 500])):
+        build(name=name, steps=steps)
+    mine, yours, other = (
+        parquet.read_transitions(f"data/datasets/{name}/task=000.parquet") for name in ("mine", "yours", "other")
+    )
+    assert keys(mine) == keys(yours)
+    assert keys(mine) != keys(other)
 
 
 def test_a_band_is_judged_by_sampled_episodes(tmp_path, monkeypatch):
@@ -327,6 +419,20 @@ def test_a_band_is_judged_by_sampled_episodes(tmp_path, monkeypatch):
     assert footer["checkpoints"] == {"250": f"{250:064d}"}
     with pytest.raises(UserError, match=r"levels\.mine\.band = \[0\.8, 0\.9\].*task 0.*500: 0\.50"):
         build(band=[0.8, 0.9])
+
+
+def test_medium_is_chosen_for_each_task_by_its_own_return(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(even)
+    rows = read_json("data/tasks/all.json")
+    rows["tasks"][1]["oracle_return"] = 5.0  # what the last checkpoint of both collects
+    write_json("data/tasks/all.json", rows)
+    build(nearest=0.5)
+    card = read_json("data/datasets/mine/card.json")
+    chosen = [set(parquet.read_transitions(f"data/datasets/mine/task={i:03d}.parquet")["checkpoint"]) for i in (0, 1)]
+    assert chosen == [{500}, {250}]
+    assert [entry["normalized_mean"] for entry in card["checkpoints"].values()] == pytest.approx([0.5, 0.5])
+    assert card["normalized_return"] == pytest.approx(0.5)
 
 
 def test_damaged_or_missing_rollouts_are_named_and_the_old_dataset_stays(tmp_path, monkeypatch):

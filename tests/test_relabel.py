@@ -15,6 +15,7 @@ from omrl.core.errors import UserError
 from omrl.core.files import read_json, write_json, write_manifest
 from omrl.data import parquet
 from omrl.data.build import build_relabelled
+from omrl.data.cards import describe
 from omrl.data.relabel import RelabelConfig, merge, merge_stream, quotas, relabel_rows
 from omrl.data.schema import concatenate, keys
 from omrl.data.taskdata import TaskData
@@ -143,7 +144,7 @@ def test_the_remainder_goes_to_sources_drawn_by_seed():
 def test_a_merged_set_loses_and_doubles_nothing(lengths, share, seed):
     parts = {3 * i: collect("sparse-point-robot", 3 * i, rows) for i, rows in enumerate(lengths)}
     rows = max(1, int(share * min(lengths) * len(lengths)))
-    merged = merged_of(parts, rows, merge_stream(seed, "toy", "relabelled"))
+    merged = merged_of(parts, rows, merge_stream(seed, "toy"))
     found = [tuple(key) for key in keys(merged).tolist()]
     assert len(found) == rows == len(set(found))
     assert found == sorted(found)
@@ -161,7 +162,7 @@ def test_a_merged_set_loses_and_doubles_nothing(lengths, share, seed):
 def test_whole_episodes_keep_their_order_and_only_the_last_of_a_source_is_cut(rows, seed):
     parts = {task: collect("sparse-point-robot", task) for task in (0, 1)}
     rows = min(rows, 2 * ROWS)
-    merged = merged_of(parts, rows, merge_stream(seed, "toy", "relabelled"), "episode")
+    merged = merged_of(parts, rows, merge_stream(seed, "toy"), "episode")
     assert len(merged["task"]) == rows
     for task in parts:
         own = merged["source_task"] == task
@@ -177,28 +178,28 @@ def test_whole_episodes_keep_their_order_and_only_the_last_of_a_source_is_cut(ro
 
 def test_the_whole_support_is_every_row_once():
     parts = {task: collect("sparse-point-robot", task, 40) for task in (0, 1, 2)}
-    merged = merged_of(parts, 120, merge_stream(0, "toy", "relabelled"))
+    merged = merged_of(parts, 120, merge_stream(0, "toy"))
     assert sorted(map(tuple, keys(merged).tolist())) == sorted(
         tuple(key) for part in parts.values() for key in keys(part).tolist()
     )
 
 
-def test_the_draw_depends_on_seed_and_name_not_on_the_order_of_the_parts():
+def test_the_draw_depends_on_seed_and_environment_not_on_the_order_of_the_parts():
     parts = {task: collect("sparse-point-robot", task, 40) for task in (0, 1, 2)}
 
-    def draw(seed: int, name: str, order: list[int]) -> dict[str, np.ndarray]:
-        return merged_of({task: parts[task] for task in order}, 30, merge_stream(seed, "toy", name))
+    def draw(seed: int, env: str, order: list[int]) -> dict[str, np.ndarray]:
+        return merged_of({task: parts[task] for task in order}, 30, merge_stream(seed, env))
 
-    first = draw(0, "relabelled", [0, 1, 2])
-    assert same(draw(0, "relabelled", [2, 0, 1]), first)
-    assert not same(draw(1, "relabelled", [0, 1, 2]), first)
-    assert not same(draw(0, "other", [0, 1, 2]), first)
+    first = draw(0, "toy", [0, 1, 2])
+    assert same(draw(0, "toy", [2, 0, 1]), first)
+    assert not same(draw(1, "toy", [0, 1, 2]), first)
+    assert not same(draw(0, "doll", [0, 1, 2]), first)
 
 
 def test_a_source_with_too_few_rows_is_told():
     parts = {0: collect("sparse-point-robot", 0, 40), 1: collect("sparse-point-robot", 1, 10)}
     with pytest.raises(UserError, match=r"dataset\.transitions_per_task = 60: .*10.*30"):
-        merged_of(parts, 60, merge_stream(0, "toy", "relabelled"))
+        merged_of(parts, 60, merge_stream(0, "toy"))
 
 
 @pytest.mark.parametrize(
@@ -332,6 +333,12 @@ def test_the_folder_is_complete_and_the_same_twice(place, tmp_path):
     assert (card["name"], card["kind"], card["rows"], card["tasks"], card["rows_per_task"]) == (
         "relabelled", "relabelled", 260, 5, 52,
     )  # fmt: skip
+    lines = describe(place).splitlines()
+    assert lines[0] == "relabelled (relabelled): source: mixed, tasks: all, unit: row"
+    assert [line.split() for line in lines[3:]] == [
+        ["step", "rows"],
+        *([c, f"{e['rows']}"] for c, e in card["checkpoints"].items()),
+    ]
     manifest = read_json(place / "manifest.json")
     assert manifest["files"]["task=000.parquet"]["rows"] == 52
     assert "data/datasets/mixed" in manifest["inputs"]

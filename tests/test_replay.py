@@ -299,6 +299,14 @@ def test_the_params_of_replay_are_sound(tmp_path):
         ({"dataset": {"levels": {"end": {"part": [0.9, 1]}}}}, r"levels\.end\.part = \[0\.9, 1\.0\]: no checkpoint"),
         ({"dataset": {"levels": {"end": {"part": [0, 1], "steps": "all"}}}}, r"levels\.end.*expected either steps"),
         ({"dataset": {"levels": {"end": {"steps": [200]}}}}, r"levels\.end\.steps has 200: no such checkpoint"),
+        (
+            {
+                "dataset": {
+                    "levels": {"end": {"part": [0.6, 1]}, "start": {"steps": "first"}, "expert": {"steps": "last"}}
+                }
+            },
+            r"levels\.expert with rollouts\.source = replay: expected the name replay",
+        ),
     ],
 )
 def test_a_mistake_about_replay_is_one_line(tmp_path, changes, message):
@@ -307,9 +315,7 @@ def test_a_mistake_about_replay_is_one_line(tmp_path, changes, message):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_not_used_is_not_recorded():
-    """Published files record their parameters: a new choice must not change those that were made without it."""
-    assert "keep_replay" not in BehaviorConfig().resolved()
-    assert "source" not in RolloutsConfig().resolved()
-    assert BehaviorConfig(keep_replay=True).resolved()["keep_replay"] is True
+def test_every_choice_is_recorded():
+    assert BehaviorConfig().resolved()["keep_replay"] is False
+    assert RolloutsConfig().resolved()["source"] == "checkpoints"
     assert parse(RolloutsConfig, {"source": "replay"}, "x").resolved()["source"] == "replay"

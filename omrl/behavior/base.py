@@ -94,8 +94,7 @@ class BehaviorConfig(Config):
     total_steps: Annotated[int, Field(ge=1, le=10**8)] = 2000
     checkpoint_every: Annotated[int, Field(ge=1)] = 250
     horizon: Annotated[int, Field(ge=1)] = 200
-    # left out of what is recorded when off: manifests keep the bytes they had before there was a choice
-    keep_replay: Annotated[bool, Field(exclude_if=lambda x: not x)] = False
+    keep_replay: bool = False
     matmul: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
     sac: SacConfig = SacConfig()
@@ -267,16 +266,8 @@ def build_shard(
         todo = [run for run in runs if not Path(run.folder).exists()]
         train(env, env_config, todo, config, work, f"behavior {shard}", len(runs) - len(todo))
         with atomic_dir(target) as folder:
-            names: dict[str, int | None] = {}
-            steps = config.checkpoint_steps()
-            expected = [PROGRESS, *map(checkpoint_name, steps)]
-            if config.engine == "scripted":
-                expected = [PROGRESS, SCRIPT]
-            if config.keep_replay:
-                expected += map(replay_name, steps[1:])
             for run in runs:
                 shutil.copytree(run.folder, folder / task_folder(run.index))
-                names |= {f"{task_folder(run.index)}/{name}": None for name in expected}
             write_manifest(
                 folder,
                 kind="behavior",
@@ -289,9 +280,17 @@ def build_shard(
                     "threads": 1,
                     "run_seeds": {str(run.index): run.seed for run in runs},
                 },
-                files=names,
+                files={f"{task_folder(run.index)}/{name}": None for run in runs for name in _files(config)},
                 packages=_PACKAGES,
             )
+
+
+def _files(config: BehaviorConfig) -> list[str]:
+    """Return the names of the files that a run leaves."""
+    if config.engine == "scripted":
+        return [PROGRESS, SCRIPT]
+    steps = config.checkpoint_steps()
+    return [PROGRESS, *map(checkpoint_name, steps), *(map(replay_name, steps[1:]) if config.keep_replay else ())]
 
 
 def _scratch_name(index: int, parameters: Mapping[str, Any]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -52,10 +53,7 @@ class RolloutsConfig(Config):
         horizon: steps of an episode.
     """
 
-    # the default is left out of what is recorded: files keep the bytes they had before there was a choice
-    source: Annotated[Literal["checkpoints", "replay", "scripted"], Field(exclude_if=lambda x: x == "checkpoints")] = (
-        "checkpoints"
-    )
+    source: Literal["checkpoints", "replay", "scripted"] = "checkpoints"
     steps: Literal["all"] | list[int] = "all"
     episodes_per_checkpoint: Annotated[int, Field(ge=1, le=100_000)] = 50
     deterministic_episodes: Annotated[int, Field(ge=0, le=100_000)] = 1
@@ -93,6 +91,21 @@ class RolloutsConfig(Config):
         return [int(step) for step in self.steps]
 
 
+@dataclass(frozen=True)
+class _Episodes:
+    """What happened in E episodes of at most T steps.
+
+    Attributes:
+        store: column -> float32 [E, T] or [E, T, width]; what lies after an episode's end is undefined.
+        valid: was the step made, bool [E, T].
+        terminated: did the step end the episode, bool [E, T].
+    """
+
+    store: dict[str, NDArray[np.float32]]
+    valid: NDArray[np.bool_]
+    terminated: NDArray[np.bool_]
+
+
 def rollout(
     actor: Actor | Script,
     family: Family,
@@ -117,19 +130,39 @@ def rollout(
     Returns:
         The transitions, ordered by (episode, step), and one row per episode. An episode's ``return`` is the
         reported return of its first ``family.horizon`` steps, the length of a test episode.
+
+    Raises:
+        UserError: the policy is of another environment, or its actions are not finite.
+    """
+    if actor.observation_size != family.observation_size:
+        raise UserError(
+            f"checkpoint of step {checkpoint}: its policy sees {actor.observation_size} numbers, expected "
+            f"{family.observation_size} for '{family.name}'"
+        )
+    try:
+        ran = _run(actor, family, task, config, seed)
+    except FloatingPointError:
+        raise UserError(
+            f"task {index}, checkpoint of step {checkpoint}: its actions are not finite, so its training diverged; "
+            "lower behavior.sac.learning_rate in params.yaml, or leave the step out of rollouts.steps"
+        ) from None
+    sampled = config.episodes_per_checkpoint
+    return _transitions(ran, index, checkpoint, sampled), _table(ran, family, index, checkpoint, sampled, seed)
+
+
+def _run(actor: Actor | Script, family: Family, task: Task, config: RolloutsConfig, seed: int) -> _Episodes:
+    """Step all episodes together.
+
+    Raises:
+        FloatingPointError: an action is not finite.
     """
     sampled, steps = config.episodes_per_checkpoint, config.horizon
     episodes = sampled + config.deterministic_episodes
     noise = seeding.generator(seed, "noise").standard_normal((steps, sampled, family.action_size), dtype=np.float32)
     env = family.batch([task], episodes)
     observation = env.reset([seeding.generator(seed, "start", i) for i in range(episodes)])
-    if actor.observation_size != family.observation_size:
-        raise UserError(
-            f"checkpoint of step {checkpoint}: its policy sees {actor.observation_size} numbers, expected "
-            f"{family.observation_size} for '{family.name}'"
-        )
 
-    def empty(*width: int) -> Any:
+    def empty(*width: int) -> NDArray[np.float32]:
         return np.empty((episodes, steps, *width), dtype=np.float32)
 
     store = {
@@ -149,10 +182,7 @@ def rollout(
         if sampled < episodes:
             action[sampled:] = actor.mean_action(observation[sampled:])
         if not np.isfinite(action).all():
-            raise UserError(
-                f"task {index}, checkpoint of step {checkpoint}: its actions are not finite, so its training diverged; "
-                "lower behavior.sac.learning_rate in params.yaml, or leave the step out of rollouts.steps"
-            )
+            raise FloatingPointError
         result = env.step(action)
         store["observation"][:, t] = observation
         store["action"][:, t] = action
@@ -166,42 +196,49 @@ def rollout(
         observation = result.next_observation
         if not alive.any():
             break
-    flat = valid.reshape(-1)
+    return _Episodes(store, valid, terminated)
+
+
+def _transitions(ran: _Episodes, index: int, checkpoint: int, sampled: int) -> Columns:
+    """Return one row per step made, ordered by (episode, step)."""
+    flat = ran.valid.reshape(-1)
     rows = int(flat.sum())
-    episode, step = (grid.reshape(-1)[flat] for grid in np.indices((episodes, steps), dtype=np.int32))
-    truncated = np.zeros((episodes, steps), dtype=np.bool_)
-    truncated[:, -1] = valid[:, -1] & ~terminated[:, -1]
-    columns: Columns = {
-        name: values.reshape(episodes * steps, *values.shape[2:])[flat] for name, values in store.items()
-    }
-    columns |= {
+    episode, step = (grid.reshape(-1)[flat] for grid in np.indices(ran.valid.shape, dtype=np.int32))
+    truncated = np.zeros_like(ran.valid)
+    truncated[:, -1] = ran.valid[:, -1] & ~ran.terminated[:, -1]
+    return {
+        **{name: values.reshape(len(flat), *values.shape[2:])[flat] for name, values in ran.store.items()},
         "task": np.full(rows, index, dtype=np.int32),
         "source_task": np.full(rows, index, dtype=np.int32),
         "checkpoint": np.full(rows, checkpoint, dtype=np.int32),
         "episode": episode,
         "step": step,
         "deterministic": episode >= sampled,
-        "terminated": terminated.reshape(-1)[flat],
+        "terminated": ran.terminated.reshape(-1)[flat],
         "truncated": truncated.reshape(-1)[flat],
     }
 
-    def returns(name: str, horizon: int) -> Any:
-        part = store[name][:, :horizon].astype(np.float64)
-        return np.where(valid[:, :horizon], part, 0.0).sum(axis=1)
 
-    reported = "sparse_reward" if family.returns == "sparse" else "reward"
-    table: Columns = {
+def _table(ran: _Episodes, family: Family, index: int, checkpoint: int, sampled: int, seed: int) -> Columns:
+    """Return one row per episode."""
+    episodes, steps = ran.valid.shape
+
+    def returns(name: str, horizon: int) -> NDArray[np.float64]:
+        part = ran.store[name][:, :horizon].astype(np.float64)
+        total: NDArray[np.float64] = np.where(ran.valid[:, :horizon], part, 0.0).sum(axis=1)
+        return total
+
+    return {
         "episode": np.arange(episodes, dtype=np.int32),
         "task": np.full(episodes, index, dtype=np.int32),
         "checkpoint": np.full(episodes, checkpoint, dtype=np.int32),
         "deterministic": np.arange(episodes) >= sampled,
         "seed": np.full(episodes, seed, dtype=np.int64),
-        "length": valid.sum(axis=1).astype(np.int32),
-        "return": returns(reported, family.horizon),
+        "length": ran.valid.sum(axis=1).astype(np.int32),
+        "return": returns("sparse_reward" if family.returns == "sparse" else "reward", family.horizon),
         "dense_return": returns("reward", steps),
         "sparse_return": returns("sparse_reward", steps),
     }
-    return columns, table
 
 
 def from_replay(paths: Sequence[Path], target: Path, family: Family, index: int, seed: int, footer: Any) -> Columns:
@@ -334,22 +371,9 @@ def build_shard(
     tasks_file, behavior = f"data/tasks/{shard}.json", Path("data/behavior") / shard
     tasks = read_json(tasks_file)["tasks"]
     inputs = input_hashes(tasks_file, behavior, *code)
-    facts = read_json(behavior / "manifest.json")["parameters"]
-    trained = facts["behavior"]
-    if (trained.get("engine") == "scripted") != (config.source == "scripted"):
-        raise UserError(
-            f"params.yaml: rollouts.source = {config.source}: {behavior} was made by behavior.engine = "
-            f"{trained.get('engine')}; expected both to be scripted, or neither"
-        )
-    scripted = config.source == "scripted"
-    saved = SCRIPT_STEPS if scripted else range(0, trained["total_steps"] + 1, trained["checkpoint_every"])
-    steps = config.checkpoint_steps(list(saved))
-    names = [SCRIPT] if scripted else [checkpoint_name(step) for step in steps]
-    if config.source == "replay":
-        names += [replay_name(last) for last in steps[1:]]
-    verified(behavior, [f"{task_folder(t['index'])}/{name}" for t in tasks for name in names])
-    key = {"env": env, "env_config": env_config, "config": config.resolved(), "seed": seed, "inputs": inputs}
-    with scratch("rollouts", key, _PACKAGES) as work:
+    steps, run_seeds = _inputs(behavior, [t["index"] for t in tasks], config)
+    parameters = {"env": env, "env_config": env_config, "rollouts": config.resolved(), "seed": seed}
+    with scratch("rollouts", {**parameters, "inputs": inputs}, _PACKAGES) as work:
         folders = {t["index"]: work / task_folder(t["index"]) for t in tasks}
         todo = [t for t in tasks if not folders[t["index"]].exists()]
         run_tasks(
@@ -364,7 +388,7 @@ def build_shard(
                     config.resolved(),
                     seed,
                     str(behavior / task_folder(t["index"])),
-                    facts.get("run_seeds", {}).get(str(t["index"]), 0),
+                    run_seeds.get(str(t["index"]), 0),
                     str(folders[t["index"]]),
                 )
                 for t in todo
@@ -372,27 +396,51 @@ def build_shard(
             description=f"rollouts {shard}",
             finished=len(tasks) - len(todo),
         )
-        with atomic_dir(target) as folder:
-            rows: dict[str, int | None] = {}
-            tables = []
-            for index, source in folders.items():
-                name = f"{task_folder(index)}.parquet"
-                shutil.copyfile(source / "transitions.parquet", folder / name)
-                tables.append(read_table(source / EPISODES))
-                rows[name] = int(np.sum(tables[-1].column("length").to_numpy()))
-            episodes = pa.concat_tables(tables)
-            write_table(folder / EPISODES, episodes, {"environment": load_family(env, env_config).spec()})
-            write_manifest(
-                folder,
-                kind="rollouts",
-                inputs=inputs,
-                parameters={
-                    "env": env,
-                    "env_config": env_config,
-                    "rollouts": config.resolved(),
-                    "seed": seed,
-                    "threads": 1,
-                },
-                files={**rows, EPISODES: episodes.num_rows},
-                packages=_PACKAGES,
-            )
+        _publish(folders, load_family(env, env_config), inputs, {**parameters, "threads": 1}, target)
+
+
+def _inputs(behavior: Path, tasks: Sequence[int], config: RolloutsConfig) -> tuple[list[int], Mapping[str, int]]:
+    """Verify what behavior training left; return the steps that act, and the seeds of the SAC runs by task.
+
+    Raises:
+        UserError: a file is missing or damaged, or was made by another kind of engine.
+    """
+    facts = read_json(behavior / "manifest.json")["parameters"]
+    trained = facts["behavior"]
+    scripted = config.source == "scripted"
+    if (trained.get("engine") == "scripted") != scripted:
+        raise UserError(
+            f"params.yaml: rollouts.source = {config.source}: {behavior} was made by behavior.engine = "
+            f"{trained.get('engine')}; expected both to be scripted, or neither"
+        )
+    saved = SCRIPT_STEPS if scripted else range(0, trained["total_steps"] + 1, trained["checkpoint_every"])
+    steps = config.checkpoint_steps(list(saved))
+    names = [SCRIPT] if scripted else [checkpoint_name(step) for step in steps]
+    if config.source == "replay":
+        names += [replay_name(last) for last in steps[1:]]
+    verified(behavior, [f"{task_folder(task)}/{name}" for task in tasks for name in names])
+    return steps, facts.get("run_seeds", {})
+
+
+def _publish(
+    folders: Mapping[int, Path], family: Family, inputs: dict[str, str], parameters: dict[str, Any], target: str | Path
+) -> None:
+    """Put the tasks' files together as one folder with its manifest."""
+    with atomic_dir(target) as folder:
+        rows: dict[str, int | None] = {}
+        tables = []
+        for index, source in folders.items():
+            name = f"{task_folder(index)}.parquet"
+            shutil.copyfile(source / "transitions.parquet", folder / name)
+            tables.append(read_table(source / EPISODES))
+            rows[name] = int(np.sum(tables[-1].column("length").to_numpy()))
+        episodes = pa.concat_tables(tables)
+        write_table(folder / EPISODES, episodes, {"environment": family.spec()})
+        write_manifest(
+            folder,
+            kind="rollouts",
+            inputs=inputs,
+            parameters=parameters,
+            files={**rows, EPISODES: episodes.num_rows},
+            packages=_PACKAGES,
+        )

@@ -80,23 +80,9 @@ def build_level(
             episodes = from_table(read_table(paths[-1]))
             for task, path in zip(range(first, last + 1), paths, strict=False):
                 own = {key: values[episodes["task"] == task] for key, values in episodes.items()}
-                means = _mean_returns(own)
-                best = max(means.values())  # the top of the scale where the oracle's return is not known
-                normalized = {step: float(family.normalize(rows_of[task], mean, best)) for step, mean in means.items()}
-                checkpoints = quality.choose_checkpoints(name, level, task, normalized)
-                rng = quality.level_stream(seed, family.name, name, task)
-                what = f"level '{name}' of task {task}"
-                known = read_transitions(path, [*KEY, "deterministic"])  # which rows; then only those are kept
-                known["row"] = np.arange(len(known["step"]))
-                columns = read_rows(path, quality.select(known, checkpoints, rows, level, rng, what)["row"])
-                footer = read_footer(path)
-                footer["parameters"] = {**footer["parameters"], "level": name, "definition": level.resolved()}
-                footer["checkpoints"] = {str(step): footer["checkpoints"][str(step)] for step in checkpoints}
-                write_transitions(folder / task_file(task), columns, _without_version(footer))
-                returns = [
-                    (step, value, float(family.normalize(rows_of[task], value, best)))
-                    for step, value in _episode_returns(own, columns)
-                ]
+                rng = quality.level_stream(seed, family.name, level.brief(), task)
+                columns, footer, returns = _cut(name, level, rows, family, rows_of[task], path, own, rng)
+                write_transitions(folder / task_file(task), columns, footer)
                 card.add(columns, returns)
                 progress.advance()
         _publish(
@@ -108,6 +94,37 @@ def build_level(
             rows=rows,
             card=card,
         )
+
+
+def _cut(
+    name: str,
+    level: quality.LevelConfig,
+    rows: int,
+    family: Family,
+    task: dict[str, Any],
+    path: Path,
+    episodes: Columns,
+    rng: np.random.Generator,
+) -> tuple[Columns, dict[str, Any], list[tuple[int, float, float]]]:
+    """Return a task's rows of a level, their footer, and (checkpoint, return, normalized return) of their episodes.
+
+    ``task`` is its row of data/tasks/all.json, ``path`` its transitions, ``episodes`` its episode table.
+    """
+    means = _mean_returns(episodes)
+    best = max(means.values())  # the top of the scale where the oracle's return is not known
+    normalized = {step: float(family.normalize(task, mean, best)) for step, mean in means.items()}
+    checkpoints = quality.choose_checkpoints(name, level, task["index"], normalized)
+    known = read_transitions(path, [*KEY, "deterministic"])  # which rows; then only those are kept
+    known["row"] = np.arange(len(known["step"]))
+    what = f"level '{name}' of task {task['index']}"
+    columns = read_rows(path, quality.select(known, checkpoints, rows, level, rng, what)["row"])
+    footer = {key: value for key, value in read_footer(path).items() if key != "schema_version"}
+    footer["parameters"] = {**footer["parameters"], "level": name, "definition": level.resolved()}
+    footer["checkpoints"] = {str(step): footer["checkpoints"][str(step)] for step in checkpoints}
+    returns = [
+        (step, value, float(family.normalize(task, value, best))) for step, value in _episode_returns(episodes, columns)
+    ]
+    return columns, footer, returns
 
 
 def _mean_returns(episodes: Columns) -> dict[int, float]:
@@ -143,7 +160,7 @@ def build_relabelled(
     """
     own = family.relabelled(config.env_config, f"params.yaml: relabel.{name}")
     tasks = read_json("data/tasks/all.json")["tasks"]
-    merged, checkpoints = _merged(name, config, rows, family, seed, tasks)
+    merged, checkpoints = _merged(config, rows, family, seed, tasks)
     card = CardBuilder(name, "relabelled", config.resolved())
     with atomic_dir(target) as folder, Progress(len(tasks), f"relabel {name}", "tasks") as progress:
         for t in tasks:
@@ -174,7 +191,7 @@ def build_relabelled(
 
 
 def _merged(
-    name: str, config: relabel.RelabelConfig, rows: int, family: Family, seed: int, tasks: list[dict[str, Any]]
+    config: relabel.RelabelConfig, rows: int, family: Family, seed: int, tasks: list[dict[str, Any]]
 ) -> tuple[Columns, dict[str, dict[str, str]]]:
     """Return the merged transitions of a set, and source task -> checkpoint -> hash."""
     sources = [t["index"] for t in tasks if config.tasks == "all" or t["split"] == "train"]
@@ -186,14 +203,10 @@ def _merged(
         [files[path.name]["rows"] for path in paths],
         (read_transitions(path) for path in paths),  # one at a time in memory
         rows,
-        relabel.merge_stream(seed, family.name, name),
+        relabel.merge_stream(seed, family.name),
         config.unit,
     )
     return merged, {str(task): read_footer(path)["checkpoints"] for task, path in zip(sources, paths, strict=True)}
-
-
-def _without_version(footer: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in footer.items() if key != "schema_version"}
 
 
 def _publish(

@@ -28,7 +28,6 @@ class CardBuilder:
         self._reward: list[tuple[float, float, float]] = []
         # per checkpoint: rows, episode returns, normalized returns
         self._checkpoints: dict[int, tuple[int, list[float], list[float]]] = {}
-        self._rewards: dict[str, Any] = {}
 
     def add(self, columns: Columns, episodes: Sequence[tuple[int, float, float]] = ()) -> None:
         """Count one task's rows.
@@ -54,6 +53,7 @@ class CardBuilder:
         """Return the card; ``files`` is name -> SHA-256."""
         checkpoints = {}
         everything: list[float] = []
+        scale: list[float] = []
         for step in sorted(self._checkpoints):
             rows, returns, normalized = self._checkpoints[step]
             entry: dict[str, Any] = {"rows": rows, "episodes": len(returns)}
@@ -64,6 +64,7 @@ class CardBuilder:
                 entry["normalized_mean"] = float(np.mean(normalized))
             checkpoints[str(step)] = entry
             everything += returns
+            scale += normalized
         histogram = None
         if everything:
             counts, edges = np.histogram(everything, bins=_BINS)
@@ -75,6 +76,7 @@ class CardBuilder:
             "tasks": self._tasks,
             "rows_per_task": self._rows // self._tasks,
             "episodes": len(everything),
+            "normalized_return": float(np.mean(scale)) if scale else None,
             "checkpoints": checkpoints,
             "nonsparse_share": self._nonsparse / self._rows,
             "reward": {"min": float(low.min()), "mean": float(mean.mean()), "max": float(high.max())},
@@ -102,19 +104,25 @@ def describe(path: str | Path) -> str:
 
 
 def _describe_card(card: Mapping[str, Any]) -> str:
+    given = {k: v for k, v in card["definition"].items() if v is not None and v is not False and v != {}}
+    definition = ", ".join(f"{key}: {value}" for key, value in given.items())
+    own = card["normalized_return"]
+    kind = card["kind"] if own is None else f"{card['kind']}, normalized return {own:.2f}"
+    episodes = f"{card['episodes']:,} episodes, " if own is not None else ""
     lines = [
-        f"{card['name']} ({card['kind']}): {card['definition']}",
+        f"{card['name']} ({kind}): {definition}",
         f"{card['rows']:,} transitions, {card['tasks']} tasks of {card['rows_per_task']:,}, "
-        f"{card['episodes']:,} episodes, {card['nonsparse_share']:.1%} with a sparse reward",
+        f"{episodes}{card['nonsparse_share']:.1%} with a sparse reward",
         "dense reward: min {min:.3f}, mean {mean:.3f}, max {max:.3f}".format(**card["reward"]),
     ]
-    if any("return" in entry for entry in card["checkpoints"].values()):
-        lines.append(
-            f"{'step':>8} {'rows':>9} {'episodes':>8} {'mean':>9} {'q25':>9} {'median':>9} {'q75':>9} {'normal.':>8}"
-        )
+    head = f"{'step':>8} {'rows':>9}"
+    if own is not None:
+        head += f" {'episodes':>8} {'mean':>9} {'q25':>9} {'median':>9} {'q75':>9} {'normal.':>8}"
+    lines.append(head)
     for step, entry in sorted(card["checkpoints"].items(), key=lambda item: int(item[0])):
-        line = f"{step:>8} {entry['rows']:>9,} {entry['episodes']:>8,}"
+        line = f"{step:>8} {entry['rows']:>9,}"
         if "return" in entry:
+            line += f" {entry['episodes']:>8,}"
             values = entry["return"]
             line += "".join(f" {values[key]:>9.3f}" for key in ("mean", "q25", "median", "q75"))
             line += f" {entry['normalized_mean']:>8.3f}"

@@ -2,7 +2,8 @@
 
 The papers name random, medium, expert and mixed and never define them. In the released FOCAL code a level is
 a SAC step ("random" is an early checkpoint, not random actions) and "mixed" is all of them. Here a level is
-written down: by step, or by a band of normalized return.
+written down, and the common names mean the same everywhere (``NAMES``). Normalized return is 0 for random actions
+and 1 for the task's oracle, or for the best checkpoint of its own run where there is no oracle.
 """
 
 from __future__ import annotations
@@ -21,27 +22,29 @@ from omrl.data.schema import Columns, take
 
 
 class LevelConfig(Config):
-    """One quality level: ``steps``, ``band`` or ``part``.
+    """One quality level: ``steps``, ``nearest``, ``band`` or ``part``.
 
     Attributes:
-        steps: SAC steps of the checkpoints, or ``all``.
-        band: [low, high] of a checkpoint's mean normalized return (0 random, 1 oracle), chosen per task.
+        steps: SAC steps of the checkpoints, or ``first``, ``last``, ``all`` of those that are rolled out.
+        nearest: normalized return; the checkpoint whose mean is nearest to it, chosen per task, of two the earlier.
+        band: [low, high] of a checkpoint's mean normalized return, chosen per task.
         part: [from, to] of the run, as fractions of its checkpoints in order: [0, 0.2] is its start, [0.8, 1] its
             end (MACAW's data qualities are parts of the replay buffer).
         deterministic: also take episodes with mean actions.
     """
 
-    steps: Literal["all"] | list[int] | None = None
+    steps: Literal["first", "last", "all"] | list[int] | None = None
+    nearest: Annotated[float, Field(ge=0, le=1)] | None = None
     band: list[float] | None = None
-    # left out of what is recorded when not given: footers keep the bytes they had before there was a choice
-    part: Annotated[list[float] | None, Field(exclude_if=lambda x: x is None)] = None
+    part: list[float] | None = None
     deterministic: bool = False
 
     @model_validator(mode="after")
     def _one(self) -> LevelConfig:
-        if sum(x is not None for x in (self.steps, self.band, self.part)) != 1:
+        if sum(x is not None for x in (self.steps, self.nearest, self.band, self.part)) != 1:
             raise ValueError(
-                "expected either steps (a list of SAC steps, or all) or band ([low, high]) or part ([from, to])"
+                "expected either steps (first, last, all, or a list of SAC steps) or nearest (a normalized return) or "
+                "band ([low, high]) or part ([from, to])"
             )
         if self.part is not None and (len(self.part) != 2 or not 0 <= self.part[0] < self.part[1] <= 1):
             raise ValueError(f"part = {self.part}: expected [from, to] with 0 <= from < to <= 1")
@@ -51,6 +54,20 @@ class LevelConfig(Config):
             raise ValueError(f"steps = {self.steps}: expected different SAC steps, at least one")
         return self
 
+    def brief(self) -> str:
+        """Return the definition as it stands in params.yaml: ``nearest: 0.5``."""
+        given = {key: value for key, value in self.resolved().items() if value is not None and value is not False}
+        return ", ".join(f"{key}: {value}" for key, value in given.items())
+
+
+NAMES = {
+    "random": LevelConfig(steps="first"),  # the untrained policy
+    "medium": LevelConfig(nearest=0.5),
+    "expert": LevelConfig(steps="last"),
+    "mixed": LevelConfig(steps="all"),
+    "replay": LevelConfig(steps="all"),  # of the run's own buffer, ``rollouts.source: replay``
+}
+
 
 class DatasetConfig(Config):
     """Section ``dataset``.
@@ -59,7 +76,7 @@ class DatasetConfig(Config):
         train: datasets to meta-train on, one cell each.
         test: datasets that the context of the test tasks comes from.
         transitions_per_task: rows of every task in every dataset.
-        levels: name -> definition.
+        levels: name -> definition; a name of ``NAMES`` has the definition there.
     """
 
     train: Annotated[list[str], Field(min_length=1)]
@@ -70,9 +87,14 @@ class DatasetConfig(Config):
     @field_validator("levels")
     @classmethod
     def _some(cls, value: dict[str, LevelConfig]) -> dict[str, LevelConfig]:
-        for name in value:
+        for name, level in value.items():
             if not name.replace("-", "").isalnum() or name != name.lower():
                 raise ValueError(f"{name!r} names a folder, use lower-case letters, digits and '-'")
+            if level != NAMES.get(name, level):
+                raise ValueError(
+                    f"{name!r} is {{{NAMES[name].brief()}}} in every pipeline, not {{{level.brief()}}}; expected "
+                    "another name for another definition, such as step-500 for {steps: [500]}"
+                )
         if not value:
             raise ValueError("expected at least one level")
         return value
@@ -103,6 +125,8 @@ def check_levels(
         steps: list[int] = list(checkpoint_steps)
         if isinstance(level.steps, list):
             steps = level.steps
+        if level.nearest is not None or level.steps in ("first", "last"):
+            steps = steps[:1]  # one, whichever it is
         if level.part is not None:
             steps = part_of(steps, level.part)
             if not steps:
@@ -118,6 +142,34 @@ def check_levels(
             raise UserError(
                 f"{where}.transitions_per_task = {transitions_per_task}: level '{name}' has at most {rows} per task; "
                 "raise rollouts.episodes_per_checkpoint or rollouts.horizon, or lower it"
+            )
+
+
+def check_names(
+    levels: Mapping[str, LevelConfig], rolled_out: Sequence[int], saved: Sequence[int], source: str, where: str
+) -> None:
+    """Refuse the common names where the rollouts have not what they mean.
+
+    Args:
+        levels: the levels by name.
+        rolled_out: SAC steps that are rolled out.
+        saved: SAC steps of all checkpoints.
+        source: ``rollouts.source``.
+        where: prefix of messages.
+
+    Raises:
+        UserError: ``replay`` without replay, another common name with it, or without the first or last checkpoint.
+    """
+    for name in levels:
+        if name not in NAMES:
+            continue
+        if (name == "replay") != (source == "replay"):
+            expected = "the name replay, or one of your own" if source == "replay" else "rollouts.source = replay"
+            raise UserError(f"{where}.levels.{name} with rollouts.source = {source}: expected {expected}")
+        if name != "replay" and (rolled_out[0] != saved[0] or rolled_out[-1] != saved[-1]):
+            raise UserError(
+                f"{where}.levels.{name}: rollouts.steps has {_shown(rolled_out)}: expected the first and the last "
+                f"checkpoint, {saved[0]} and {saved[-1]}, among them, or another name such as step-{rolled_out[-1]}"
             )
 
 
@@ -147,7 +199,12 @@ def choose_checkpoints(name: str, level: LevelConfig, task: int, normalized: Map
     steps = sorted(normalized)
     if level.steps == "all":
         return steps
-    if level.steps is not None:
+    if level.steps in ("first", "last"):
+        return [steps[0 if level.steps == "first" else -1]]
+    if level.nearest is not None:
+        goal = level.nearest
+        return [min(steps, key=lambda step: (abs(normalized[step] - goal), step))]
+    if isinstance(level.steps, list):
         for step in level.steps:
             if step not in normalized:
                 raise UserError(
@@ -236,6 +293,6 @@ def _in_turn(checkpoints: NDArray[Any], rng: np.random.Generator) -> NDArray[np.
     return np.lexsort((draw, turn))
 
 
-def level_stream(seed: int, env: str, level: str, task: int) -> np.random.Generator:
-    """Return the stream that draws a task's episodes for a level."""
-    return seeding.generator(seed, "dataset", env, level, task)
+def level_stream(seed: int, env: str, definition: str, task: int) -> np.random.Generator:
+    """Return the stream that draws a task's episodes for a level, by what it is (``brief``), not by its name."""
+    return seeding.generator(seed, "dataset", env, definition, task)

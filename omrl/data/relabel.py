@@ -110,6 +110,6 @@ def merge(
     return sort(concatenate(chosen))
 
 
-def merge_stream(seed: int, env: str, name: str) -> Callable[[str | int], np.random.Generator]:
-    """Return the streams that draw the merged set ``name``."""
-    return lambda part: seeding.generator(seed, "relabel", env, name, part)
+def merge_stream(seed: int, env: str) -> Callable[[str | int], np.random.Generator]:
+    """Return the streams that draw a merged set, whatever it is called: sets that differ in reward share the draw."""
+    return lambda part: seeding.generator(seed, "relabel", env, part)

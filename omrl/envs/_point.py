@@ -188,7 +188,7 @@ class PointFamily(Family):
     horizon = 20
     varies = "reward"
     returns = "dense"
-    inference_reward: Literal["dense", "sparse"] = "dense"  # where the papers' goal is sparse, the family says so
+    inference_reward: Literal["dense", "sparse"] = "dense"
     context_next_observation = False
     capacity: int | None = None
     relabel_overrides = ("radius", "sparse_reward")

@@ -253,7 +253,9 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
 
 
 def _definition(card: dict[str, Any]) -> str:
-    chosen = {k: v for k, v in card["definition"].items() if v is not None and v is not False}
+    chosen = {k: v for k, v in card["definition"].items() if v is not None and v is not False and v != {}}
+    if (own := card.get("normalized_return")) is not None:
+        chosen["normalized return"] = f"{own:.2f}"
     return ", ".join(f"{key} {value}" for key, value in chosen.items())
 
 

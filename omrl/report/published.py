@@ -24,12 +24,12 @@ class Published:
     quantity: str = "return"
 
 
-def _table_1(values: list[float], spread: list[float], note: str) -> Published:
+def _table_1(dataset: str, values: list[float], spread: list[float], note: str) -> Published:
     names = ["focal", "contrastive", "batch-wise", "sequence-wise", "focalpp"]
     return Published(
         "FOCAL++ (Li et al., 2022), Table 1",
-        {(name, "mixed", "mixed"): value for name, value in zip(names, values, strict=True)},
-        {(name, "mixed", "mixed"): value for name, value in zip(names, spread, strict=True)},
+        {(name, dataset, dataset): value for name, value in zip(names, values, strict=True)},
+        {(name, dataset, dataset): value for name, value in zip(names, spread, strict=True)},
         note,
     )
 
@@ -38,13 +38,13 @@ TABLES = {
     "focal-table-6": Published(
         "FOCAL (Li et al., ICLR 2021), Table 6",
         {
-            ("focal", "expert", "expert"): 8.16,
-            ("focal", "medium", "medium"): 8.44,
-            ("focal", "random", "random"): 2.34,
-            ("focal", "expert", "medium"): 7.12,
-            ("focal", "expert", "random"): 4.43,
-            ("focal", "medium", "expert"): 8.25,
-            ("focal", "medium", "random"): 6.76,
+            ("focal", "step-4800", "step-4800"): 8.16,
+            ("focal", "step-3000", "step-3000"): 8.44,
+            ("focal", "step-2200", "step-2200"): 2.34,
+            ("focal", "step-4800", "step-3000"): 7.12,
+            ("focal", "step-4800", "step-2200"): 4.43,
+            ("focal", "step-3000", "step-4800"): 8.25,
+            ("focal", "step-3000", "step-2200"): 6.76,
         },
         {},
         "FOCAL++ (2022), Table 1, gives 11.84 for FOCAL on the same environment.",
@@ -63,11 +63,13 @@ TABLES = {
         "FOCAL (ICLR 2021), Table 6, gives 8.16 for the same setting.",
     ),
     "focalpp-table-1-point": _table_1(
+        "step-mixed",
         [11.84, 12.53, 12.54, 12.64, 12.96],
         [1.05, 0.31, 0.23, 0.14, 0.09],
         "Sparse-Point-Robot; the quality of data behind it is not stated. Baselines are in Fig. 4 only.",
     ),
     "focalpp-table-1-wind": _table_1(
+        "mixed",
         [-5.61, -5.78, -5.57, -5.09, -5.39],
         [0.59, 0.44, 0.34, 0.01, 0.57],
         "Point-Robot-Wind; the published split into training and test winds is random and unseeded: ten random winds "
@@ -76,18 +78,18 @@ TABLES = {
     "focalpp-table-3-point": Published(
         "FOCAL++ (Li et al., 2022), Table 3",
         {
-            ("focal", "expert", "expert"): 8.16,
-            ("focal", "expert", "medium"): 7.12,
-            ("focal", "expert", "random"): 4.43,
-            ("focal", "medium", "medium"): 8.44,
-            ("focal", "medium", "expert"): 8.25,
-            ("focal", "medium", "random"): 6.76,
-            ("focalpp", "expert", "expert"): 12.60,
-            ("focalpp", "expert", "medium"): 12.47,
-            ("focalpp", "expert", "random"): 10.17,
-            ("focalpp", "medium", "medium"): 12.54,
-            ("focalpp", "medium", "expert"): 12.44,
-            ("focalpp", "medium", "random"): 10.49,
+            ("focal", "step-4800", "step-4800"): 8.16,
+            ("focal", "step-4800", "step-3000"): 7.12,
+            ("focal", "step-4800", "step-2200"): 4.43,
+            ("focal", "step-3000", "step-3000"): 8.44,
+            ("focal", "step-3000", "step-4800"): 8.25,
+            ("focal", "step-3000", "step-2200"): 6.76,
+            ("focalpp", "step-4800", "step-4800"): 12.60,
+            ("focalpp", "step-4800", "step-3000"): 12.47,
+            ("focalpp", "step-4800", "step-2200"): 10.17,
+            ("focalpp", "step-3000", "step-3000"): 12.54,
+            ("focalpp", "step-3000", "step-4800"): 12.44,
+            ("focalpp", "step-3000", "step-2200"): 10.49,
         },
         {},
         "Its FOCAL column is copied from FOCAL Table 6, of an older setting; its own Table 1 has 11.84 for FOCAL.",
@@ -95,10 +97,10 @@ TABLES = {
     "focal-table-1": Published(
         "FOCAL (Li et al., ICLR 2021), Table 1, Half-Cheetah-Vel, one seed",
         {
-            ("inverse-square", "mixed", "mixed"): 0.861,
-            ("inverse", "mixed", "mixed"): 0.840,
-            ("linear", "mixed", "mixed"): 0.819,
-            ("square", "mixed", "mixed"): 0.506,
+            ("inverse-square", "step-mixed", "step-mixed"): 0.861,
+            ("inverse", "step-mixed", "step-mixed"): 0.840,
+            ("linear", "step-mixed", "step-mixed"): 0.819,
+            ("square", "step-mixed", "step-mixed"): 0.506,
         },
         {},
         "ESR: the share of training-task pairs farther apart than two random points of the cube.",
