@@ -12,10 +12,11 @@ import torch
 from omrl.algorithms.base import MetaAlgorithm, MetaBatch, Sizes, create, load_model, save_model
 from omrl.algorithms.bc import cloning_loss
 from omrl.algorithms.bcq import soft_minimum
-from omrl.algorithms.mbml import diagonal_kl, of_tasks, posterior
+from omrl.algorithms.mbml import of_tasks
 from omrl.core.errors import UserError
 from omrl.nets.actor_critic import Transitions
 from omrl.nets.encoders import Context, gaussian_kl
+from omrl.nets.generative import diagonal_kl, posterior
 
 SMALL = {"latent_dim": 3, "encoder_width": 16, "encoder_depth": 2, "width": 16, "depth": 2, "meta_batch": 4,
          "rl_batch": 8, "context_batch": 12}  # fmt: skip

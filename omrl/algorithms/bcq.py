@@ -62,6 +62,7 @@ from omrl.algorithms.base import BatchSizes, MetaAlgorithm, MetaBatch, Sizes
 from omrl.core.config import Config
 from omrl.nets.actor_critic import Transitions, adam, join
 from omrl.nets.encoders import Context, DeterministicEncoder
+from omrl.nets.generative import decoded, perturbed, vae_loss
 from omrl.nets.mlp import Mlp
 
 
@@ -143,20 +144,15 @@ class BatchConstrained(nn.Module):
 
         ``noise`` is standard normal, [n, latent].
         """
-        mean, log_std = self.encode(torch.cat([state, action], dim=-1)).split(self.latent, dim=-1)
-        log_std = log_std.clamp(-4, 15)
-        found = self.generate(state, mean + log_std.exp() * noise)
-        kl = -0.5 * (1 + 2 * log_std - mean.square() - (2 * log_std).exp()).mean()
-        return (found - action).square().mean() + self.config.kl_weight * kl
+        return vae_loss(self.encode, self.decode, state, action, noise, self.config.kl_weight)
 
     def generate(self, state: Tensor, latent: Tensor) -> Tensor:
         """Return the decoded action in (-1, 1)."""
-        return torch.tanh(self.decode(torch.cat([state, latent], dim=-1)))
+        return decoded(self.decode, state, latent)
 
     def perturb(self, shift: Mlp, state: Tensor, action: Tensor) -> Tensor:
         """Return the action moved by at most ``perturbation``, within [-1, 1]."""
-        moved = action + self.config.perturbation * torch.tanh(shift(torch.cat([state, action], dim=-1)))
-        return moved.clamp(-1, 1)
+        return perturbed(shift, state, action, self.config.perturbation)
 
     def value(self, q: Mlp, state: Tensor, action: Tensor) -> Tensor:
         """Return both values, [2, n]."""

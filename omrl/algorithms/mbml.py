@@ -68,12 +68,12 @@ Known failures:
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 
 from omrl.algorithms.base import BatchSizes, MetaAlgorithm, MetaBatch, Sizes
 from omrl.algorithms.bcq import soft_minimum
@@ -81,6 +81,7 @@ from omrl.core.config import Config
 from omrl.core.errors import UserError
 from omrl.nets.actor_critic import Transitions, adam, join
 from omrl.nets.encoders import Context, gaussian_kl
+from omrl.nets.generative import decoded, diagonal_kl, perturbed, posterior, vae_loss
 from omrl.nets.mlp import Mlp
 
 
@@ -138,25 +139,6 @@ def of_tasks(stack: Mlp, x: Tensor, places: Tensor) -> Tensor:
     for layer, (weight, bias) in enumerate(zip(stack.weights, stack.biases, strict=True)):
         x = torch.baddbmm(bias[places], torch.relu(x) if layer else x, weight[places])
     return x
-
-
-def posterior(factors: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance [..., latent] of a product of Gaussians, one per row.
-
-    Args:
-        factors: [..., n, 2 * latent], means and raw scales; variance = softplus(raw scale).
-        mask: [..., n], 1 for the rows that count; with none, the result is N(0, 1e7).
-    """
-    mean, scale = factors.chunk(2, dim=-1)
-    precision = mask.unsqueeze(-1) / functional.softplus(scale).clamp(min=1e-7)
-    variance = 1 / precision.sum(-2).clamp(min=1e-7)
-    return variance * (precision * mean).sum(-2), variance
-
-
-def diagonal_kl(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> Tensor:
-    """Return KL(one || two) of diagonal Gaussians given as (mean, variance), summed over the last axis."""
-    (m1, v1), (m2, v2) = one, two
-    return 0.5 * ((v1 + (m1 - m2).square()) / v2 - 1 + v2.log() - v1.log()).sum(-1)
 
 
 class Teachers(nn.Module):
@@ -234,11 +216,10 @@ class Mbml(MetaAlgorithm):
         return torch.randn(shape, generator=self.noise, device=self.device).clamp(-clip, clip)
 
     def _perturbed(self, stack: Mlp, state: Tensor, action: Tensor, tasks: Tensor) -> Tensor:
-        raw = of_tasks(stack, torch.cat([state, action], dim=-1), tasks)
-        return (action + self.settings.perturbation * torch.tanh(raw)).clamp(-1, 1)
+        return perturbed(partial(of_tasks, stack, places=tasks), state, action, self.settings.perturbation)
 
     def _decoded(self, state: Tensor, latent: Tensor, tasks: Tensor) -> Tensor:
-        return torch.tanh(of_tasks(self.teachers.decode, torch.cat([state, latent], dim=-1), tasks))
+        return decoded(partial(of_tasks, self.teachers.decode, places=tasks), state, latent)
 
     def _critics(self, q: Mlp, rows: Tensor, tasks: Tensor) -> Tensor:
         """Return both critics' values, [2, m, n]."""
@@ -279,12 +260,9 @@ class Mbml(MetaAlgorithm):
         m, n = t.reward.shape
         latent = teachers.encode.biases[-1].shape[-1] // 2
         pair = torch.cat([t.observation, t.action], dim=-1)
-        mean, log_std = of_tasks(teachers.encode, pair, tasks).chunk(2, dim=-1)
-        log_std = log_std.clamp(-4, 15)
-        noise = torch.randn(mean.shape, generator=self.noise, device=self.device)
-        found = self._decoded(t.observation, mean + log_std.exp() * noise, tasks)
-        kl = -0.5 * (1 + 2 * log_std - mean.square() - (2 * log_std).exp()).mean()
-        vae = (found - t.action).square().mean() + config.vae_kl * kl
+        noise = torch.randn((m, n, latent), generator=self.noise, device=self.device)
+        encode, decode = (partial(of_tasks, stack, places=tasks) for stack in (teachers.encode, teachers.decode))
+        vae = vae_loss(encode, decode, t.observation, t.action, noise, config.vae_kl)
         y = self.teacher_target(t, tasks, self._latents(m, n * config.candidates, latent))
         q = self._critics(teachers.q, pair, tasks)
         q_loss = (q - y).square().mean((1, 2)).sum()
@@ -383,9 +361,9 @@ class Mbml(MetaAlgorithm):
         wide, bare = join(t.observation, z), join(t.observation, z.detach())
         q = student.q(torch.cat([wide, t.action.reshape(len(wide), -1)], dim=-1)).squeeze(-1)
         q_loss = (q - value).square().mean()
-        decoded = torch.tanh(student.decode(torch.cat([bare, latent.reshape(len(bare), -1)], dim=-1)))
+        found = decoded(student.decode, bare, latent.reshape(len(bare), -1))
         shifted = torch.tanh(student.shift(torch.cat([bare, action], dim=-1)))
-        imitation = (decoded - action).square().mean() + (shifted - shift).square().mean()
+        imitation = (found - action).square().mean() + (shifted - shift).square().mean()
         self._step("student", q_loss + triplet + config.kl_weight * kl + imitation)
         return {
             "triplet_loss": triplet, "usable": usable.mean(), "kl": kl, "distill_q_loss": q_loss,
@@ -432,9 +410,8 @@ class Mbml(MetaAlgorithm):
         student, count = self.student, self.settings.candidates
         state = join(observation, z).repeat_interleave(count, dim=0)
         latents = student.latents.repeat(tasks * n, 1)
-        action = torch.tanh(student.decode(torch.cat([state, latents], dim=-1)))
-        shift = torch.tanh(student.shift(torch.cat([state, action], dim=-1)))
-        action = (action + self.settings.perturbation * shift).clamp(-1, 1)
+        action = decoded(student.decode, state, latents)
+        action = perturbed(student.shift, state, action, self.settings.perturbation)
         best = student.q(torch.cat([state, action], dim=-1)).view(tasks * n, count).argmax(1)
         return action.view(tasks * n, count, -1)[torch.arange(tasks * n, device=z.device), best].view(tasks, n, -1)
 
