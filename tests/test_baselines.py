@@ -282,10 +282,10 @@ def test_only_bellman_gradients_where_the_vae_shall_not_train_the_encoder():
     for arm, moves in (("bcq", True), ("bcq-bellman", False)):
         algorithm, batch = make(arm), meta_batch()
         z = algorithm.encoder(batch.context.rows()).detach().requires_grad_(True)
-        losses = algorithm.losses(batch.transitions, z)
-        (gradient,) = torch.autograd.grad(losses["vae"], z, retain_graph=True, allow_unused=True)
+        vae, q = algorithm.vae_loss(batch.transitions, z), algorithm.q_loss(batch.transitions, z)
+        (gradient,) = torch.autograd.grad(vae, z, allow_unused=True) if vae.requires_grad else (None,)
         assert (gradient is not None and float(gradient.abs().sum()) > 0) == moves
-        assert float(torch.autograd.grad(losses["q"], z)[0].abs().sum()) > 0
+        assert float(torch.autograd.grad(q, z)[0].abs().sum()) > 0
 
 
 # --- MBML ----------------------------------------------------------------------------------------------------------

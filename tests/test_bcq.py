@@ -73,7 +73,8 @@ def copies(module: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def test_the_first_updates_losses_in_double_precision():
-    algorithm, batch = spread(make(gamma=0.9, reward_scale=0.1, soft_min=0.6, perturbation=0.4)), meta_batch()
+    algorithm, batch = make(gamma=0.9, reward_scale=0.1, soft_min=0.6, perturbation=0.4, vae_first=False), meta_batch()
+    spread(algorithm)
     far = torch.randn(4, 8, 2, generator=torch.Generator().manual_seed(5)) * 3  # s' that s does not pass for
     batch = replace(batch, transitions=replace(batch.transitions, next_observation=far))
     learner, t = algorithm.learner, batch.transitions
@@ -109,10 +110,11 @@ def test_the_first_updates_losses_in_double_precision():
 
 @pytest.mark.parametrize("by_vae", [True, False])
 def test_every_network_descends_its_own_loss_and_no_other(by_vae):
-    algorithm, batch = spread(make(encoder_by_vae=by_vae)), meta_batch()
+    algorithm, batch = spread(make(encoder_by_vae=by_vae, vae_first=False)), meta_batch()
     before = copy.deepcopy(algorithm)
     z = before.encoder(batch.context.rows())
-    losses, learner = before.losses(batch.transitions, z), before.learner
+    losses = {"vae": before.vae_loss(batch.transitions, z), "q": before.q_loss(batch.transitions, z)}
+    learner = before.learner
     expected = {}
     for name, net, loss in (
         ("encoder", before.encoder, losses["q"] + (losses["vae"] if by_vae else 0)),
@@ -127,6 +129,27 @@ def test_every_network_descends_its_own_loss_and_no_other(by_vae):
     for name, net in nets.items():
         for parameter, gradient in zip(net.parameters(), expected[name], strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_target_decodes_with_the_vae_as_the_order_says(first):
+    algorithm, batch = spread(make(vae_first=first, rate=0.1)), meta_batch()
+    before = copy.deepcopy(algorithm)
+    z, found = before.encoder(batch.context.rows()), {}
+    vae_loss = before.vae_loss(batch.transitions, z)
+    stream = before.noise.get_state()
+    scalars = algorithm.update(batch)
+    encoder = torch.autograd.grad(vae_loss, list(before.encoder.parameters()), retain_graph=True)
+    for name, learner in (("stepped", algorithm.learner), ("old", copy.deepcopy(before.learner))):
+        before.learner.decode.load_state_dict(learner.decode.state_dict())
+        before.noise.set_state(stream)
+        found[name] = before.q_loss(batch.transitions, z)
+    right, wrong = ("stepped", "old") if first else ("old", "stepped")
+    assert scalars["q_loss"].item() == pytest.approx(found[right].item(), rel=1e-6)
+    assert scalars["q_loss"].item() != pytest.approx(found[wrong].item(), rel=1e-4)
+    by_q = torch.autograd.grad(found[right], list(before.encoder.parameters()))
+    for parameter, one, two in zip(algorithm.encoder.parameters(), encoder, by_q, strict=True):
+        torch.testing.assert_close(parameter.grad, one + two, rtol=1e-4, atol=1e-7)
 
 
 def test_the_perturbation_climbs_the_stepped_q1_at_sampled_actions():

@@ -19,6 +19,8 @@ its phase:
    i's rewards on j's rows are the mean of ensemble i; rows whose members disagree (standard deviation at or above
    ``threshold``) are left out. The context that the student learns on holds as many relabelled rows as true ones.
 
+Teachers step their VAE before the Q target decodes with it, as the release does; ``vae_first: false`` for after.
+
 All tasks' networks are one stack, and an update touches those of the drawn tasks by batched matrix products. The
 scalars' names are the same in both phases, 0 where a phase does not have them; ``phase`` tells which it is, and
 ``q_mean`` is the teachers' in phase 1 and the student's in phase 2.
@@ -97,7 +99,8 @@ class MbmlConfig(Config):
         ensemble, ensemble_width: reward models per task, one hidden layer each.
         rate: Adam, everything.
         gamma, reward_scale: as in FOCAL, by environment.
-        tau, soft_min, candidates, perturbation, vae_latent, vae_clip, vae_kl: of the BCQs, see ``BcqConfig``.
+        tau, soft_min, candidates, perturbation, vae_latent, vae_clip, vae_kl, vae_first: of the BCQs of phase 1, see
+            ``BcqConfig``.
         threshold: largest standard deviation of the ensemble's reward in a usable row.
         next_threshold: the same of the mean next-state prediction.
         margin: of the triplet loss.
@@ -125,6 +128,7 @@ class MbmlConfig(Config):
     vae_latent: Annotated[int, Field(ge=1)] = 2
     vae_clip: Annotated[float, Field(gt=0)] = 0.5
     vae_kl: Annotated[float, Field(ge=0)] = 0.5
+    vae_first: bool = True
     threshold: Annotated[float, Field(gt=0)] = 0.1
     next_threshold: Annotated[float, Field(gt=0)] = 0.2
     margin: Annotated[float, Field(ge=0)] = 2.0
@@ -194,15 +198,8 @@ class Mbml(MetaAlgorithm):
         self.noise = torch.Generator(self.device).manual_seed(noise_seed)
         teachers = self.teachers
         self._optimizers = {
-            "teachers": adam(
-                [
-                    *teachers.encode.parameters(),
-                    *teachers.decode.parameters(),
-                    *teachers.q.parameters(),
-                    *teachers.models.parameters(),
-                ],
-                config.rate,
-            ),
+            "teachers_vae": adam([*teachers.encode.parameters(), *teachers.decode.parameters()], config.rate),
+            "teachers": adam([*teachers.q.parameters(), *teachers.models.parameters()], config.rate),
             "teachers_shift": adam(teachers.shift.parameters(), config.rate),
             "student": adam(self.student.parameters(), config.rate),
         }
@@ -263,11 +260,15 @@ class Mbml(MetaAlgorithm):
         noise = torch.randn((m, n, latent), generator=self.noise, device=self.device)
         encode, decode = (partial(of_tasks, stack, places=tasks) for stack in (teachers.encode, teachers.decode))
         vae = vae_loss(encode, decode, t.observation, t.action, noise, config.vae_kl)
+        if config.vae_first:
+            self._step("teachers_vae", vae)
         y = self.teacher_target(t, tasks, self._latents(m, n * config.candidates, latent))
         q = self._critics(teachers.q, pair, tasks)
         q_loss = (q - y).square().mean((1, 2)).sum()
         model = self.model_error(batch.context, tasks)
-        self._step("teachers", vae + q_loss + model)
+        if not config.vae_first:
+            self._step("teachers_vae", vae)
+        self._step("teachers", q_loss + model)
         with torch.no_grad():
             sampled = self._decoded(t.observation, self._latents(m, n, latent), tasks)
         teachers.q.requires_grad_(False)
