@@ -42,3 +42,12 @@ def update(algorithm: Algorithm, batch: Mapping[str, Experience], phase: str | N
     phases = algorithm.phases(1_000_000)
     chosen = next(p for p in phases if phase is None or p.name == phase)
     return algorithm.update(chosen, batch)
+
+
+def update_at(algorithm: Algorithm, batch: Mapping[str, Experience], step: int, steps: int) -> dict[str, Tensor]:
+    """Take step ``step`` (from 0) of ``steps``, in the phase that it belongs to."""
+    for phase in algorithm.phases(steps):
+        if step < phase.steps:
+            return algorithm.update(phase, batch)
+        step -= phase.steps
+    raise ValueError("no phase has this step")

@@ -74,7 +74,8 @@ def copies(module: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def test_the_first_updates_losses_in_double_precision():
-    algorithm, batch = spread(make(gamma=0.9, reward_scale=0.1, soft_min=0.6, perturbation=0.4)), made_batch()
+    algorithm, batch = make(gamma=0.9, reward_scale=0.1, soft_min=0.6, perturbation=0.4, vae_first=False), made_batch()
+    spread(algorithm)
     far = torch.randn(4, 8, 2, generator=torch.Generator().manual_seed(5)) * 3  # s' that s does not pass for
     batch = {**batch, "transitions": replace(batch["transitions"], next_observation=far)}
     learner, t = algorithm.learner, batch["transitions"]
@@ -110,10 +111,11 @@ def test_the_first_updates_losses_in_double_precision():
 
 @pytest.mark.parametrize("by_vae", [True, False])
 def test_every_network_descends_its_own_loss_and_no_other(by_vae):
-    algorithm, batch = spread(make(encoder_by_vae=by_vae)), made_batch()
+    algorithm, batch = spread(make(encoder_by_vae=by_vae, vae_first=False)), made_batch()
     before = copy.deepcopy(algorithm)
     z = before.encoder(algorithm.rows(batch["context"]))
-    losses, learner = before.losses(batch["transitions"], z), before.learner
+    losses = {"vae": before.vae_loss(batch["transitions"], z), "q": before.q_loss(batch["transitions"], z)}
+    learner = before.learner
     expected = {}
     for name, net, loss in (
         ("encoder", before.encoder, losses["q"] + (losses["vae"] if by_vae else 0)),
@@ -128,6 +130,27 @@ def test_every_network_descends_its_own_loss_and_no_other(by_vae):
     for name, net in nets.items():
         for parameter, gradient in zip(net.parameters(), expected[name], strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_target_decodes_with_the_vae_as_the_order_says(first):
+    algorithm, batch = spread(make(vae_first=first, rate=0.1)), made_batch()
+    before = copy.deepcopy(algorithm)
+    z, found = before.encoder(algorithm.rows(batch["context"])), {}
+    vae_loss = before.vae_loss(batch["transitions"], z)
+    stream = before.noise.get_state()
+    scalars = update(algorithm, batch)
+    encoder = torch.autograd.grad(vae_loss, list(before.encoder.parameters()), retain_graph=True)
+    for name, learner in (("stepped", algorithm.learner), ("old", copy.deepcopy(before.learner))):
+        before.learner.decode.load_state_dict(learner.decode.state_dict())
+        before.noise.set_state(stream)
+        found[name] = before.q_loss(batch["transitions"], z)
+    right, wrong = ("stepped", "old") if first else ("old", "stepped")
+    assert scalars["q_loss"].item() == pytest.approx(found[right].item(), rel=1e-6)
+    assert scalars["q_loss"].item() != pytest.approx(found[wrong].item(), rel=1e-4)
+    by_q = torch.autograd.grad(found[right], list(before.encoder.parameters()))
+    for parameter, one, two in zip(algorithm.encoder.parameters(), encoder, by_q, strict=True):
+        torch.testing.assert_close(parameter.grad, one + two, rtol=1e-4, atol=1e-7)
 
 
 def test_the_perturbation_climbs_the_stepped_q1_at_sampled_actions():
@@ -171,10 +194,9 @@ def test_the_soft_minimum_lies_between_both(weight, expected):
     assert soft_minimum(q, weight).tolist() == expected
 
 
-def test_latents_that_actions_are_sampled_from_are_clipped(monkeypatch):
+def test_latents_that_actions_are_sampled_from_are_clipped():
     algorithm, seen = make(vae_clip=0.3), []
-    generate = algorithm.learner.generate
-    monkeypatch.setattr(algorithm.learner, "generate", lambda s, latent: (seen.append(latent), generate(s, latent))[1])
+    algorithm.learner.decode.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0][:, -LATENT:]))
     update(algorithm, made_batch())
     algorithm.actions(made_batch()["transitions"].observation, torch.zeros(4, 3))
     posterior, target, perturbed, acting = (float(latent.detach().abs().max()) for latent in seen)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from omrl.nets.encoders import DeterministicEncoder, ProbabilisticEncoder, gaussian_kl
+from omrl.nets.generative import decoded, perturbed, posterior, vae_loss
 from omrl.nets.mlp import Mlp, Policy
 
 
@@ -245,6 +246,63 @@ def test_order_of_rows_does_not_matter_to_the_posterior():
 
 def test_gradient_of_the_posterior():
     assert torch.autograd.gradcheck(probabilistic(), (torch.randn(2, 3, 5, generator=source(1), requires_grad=True),))
+
+
+def test_a_mask_leaves_rows_out_of_the_posterior():
+    factors = torch.randn(2, 5, 6, generator=source(1))
+    whole, all_rows = posterior(factors), posterior(factors, torch.ones(2, 5))
+    some = posterior(factors, torch.tensor([[1.0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]))
+    few = posterior(factors[:, [0, 2]])
+    for place in range(2):
+        assert torch.equal(whole[place], all_rows[place])
+        torch.testing.assert_close(some[place][0], few[place][0])
+    assert some[0][1].tolist() == [0, 0, 0]
+    assert some[1][1].tolist() == pytest.approx([1e7] * 3)
+
+
+def test_an_unbounded_posterior_is_the_nets_own():
+    one, two = (ProbabilisticEncoder(5, [9], 3, source(), bounded=bounded) for bounded in (True, False))
+    rows = torch.randn(2, 4, 5, generator=source(1))
+    raw = two.net(rows.view(8, 5)).view(2, 4, 6)
+    torch.testing.assert_close(two(rows), posterior(raw))
+    torch.testing.assert_close(one(rows), posterior(torch.tanh(raw)))
+
+
+# --- the actions' VAE ------------------------------------------------------------------------------------------
+
+
+def test_loss_of_the_vae_a_row_at_a_time():
+    state, action = torch.randn(4, 3, generator=source(1)), torch.rand(4, 2, generator=source(2)) * 2 - 1
+    noise, weight = torch.randn(4, 3, generator=source(3)), 0.7
+    encoder, decoder = Mlp(5, [8], 6, source(4), last=2.0), Mlp(6, [8], 2, source(5), last=1.0)
+    with torch.no_grad():
+        encoder.biases[-1][..., 3] = -50.0  # a log-std below the clamp
+    squared, kl = [], []
+    for i in range(4):
+        mean, log_std = np.split(one_row(encoder, torch.cat([state[i], action[i]]).numpy()), 2)
+        log_std = log_std.clip(-4, 15)
+        latent = mean + np.exp(log_std) * noise[i].numpy()
+        found = np.tanh(one_row(decoder, np.concatenate([state[i].numpy(), latent])))
+        np.testing.assert_allclose(decoded(decoder, state[i][None], torch.tensor(latent)[None]).detach()[0], found)
+        squared.append((found - action[i].numpy()) ** 2)
+        kl.append([stats_kl(m, math.exp(s)) for m, s in zip(mean, log_std, strict=True)])
+    got = vae_loss(encoder, decoder, state, action, noise, weight)
+    assert got.item() == pytest.approx(np.mean(squared) + weight * np.mean(kl), rel=1e-9)
+
+
+def stats_kl(mean: float, std: float) -> float:
+    """KL(N(mean, std^2) || N(0, 1))."""
+    return 0.5 * (mean**2 + std**2 - 1) - math.log(std)
+
+
+@given(st.floats(0, 2), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_a_perturbed_action_stays_near_and_within_its_box(size, seed):
+    net = Mlp(4, [8], 2, source(seed), last=10.0)
+    state, action = torch.randn(6, 2, generator=source(seed)), torch.rand(6, 2, generator=source(seed + 1)) * 2 - 1
+    moved = perturbed(net, state, action, size).detach()
+    assert float((moved - action).abs().max()) <= size + 1e-12
+    assert float(moved.abs().max()) <= 1
 
 
 def test_kl_to_the_prior_against_quadrature():

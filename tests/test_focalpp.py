@@ -26,6 +26,7 @@ ARMS = {
     "batch": {"attention": "batch"},
     "sequence": {"attention": "sequence"},
     "row": {"tokens": "row"},
+    "features": {"gate": "features-and-weights"},
     "metric": {"loss": "metric"},
 }
 
@@ -84,12 +85,26 @@ def test_one_task_alone_has_nothing_to_contrast():
 @pytest.mark.parametrize("kind", ["both", "batch", "sequence"])
 def test_a_block_is_the_identity_at_initialization(kind):
     x = torch.randn(2, 5, 3, 16, generator=source(0))
-    out, weights = Block(16, 4, 4, kind, source(1))(x)
+    out, weights = Block(16, 4, 4, kind, "weights", source(1))(x)
     torch.testing.assert_close(out, x, rtol=0, atol=1e-6)
     assert (weights is None) == (kind == "sequence")
 
 
-@pytest.mark.parametrize("arm", ["full", "batch", "row"])
+@pytest.mark.parametrize("kind", ["both", "batch"])
+def test_the_gate_scales_features_only_where_it_shall(kind):
+    x = torch.randn(2, 5, 3, 16, generator=source(0))
+    plain, scaled = (Block(16, 4, 4, kind, gate, source(1)) for gate in ("weights", "features-and-weights"))
+    with torch.no_grad():  # a gate that differs between transitions; the branches stay 0
+        for block in (plain, scaled):
+            block.gate.excite.weight.copy_(torch.randn(4, 16, generator=source(2)))
+    (one, weights), (two, others) = plain(x), scaled(x)
+    assert float(weights.std()) > 0.01
+    torch.testing.assert_close(weights, others)
+    torch.testing.assert_close(one, x)
+    torch.testing.assert_close(two, x * weights[..., None, None])
+
+
+@pytest.mark.parametrize("arm", ["full", "batch", "row", "features"])
 def test_weights_start_at_one_and_keep_mean_one(arm):
     context = made_batch()["context"]
     torch.testing.assert_close(focalpp(**ARMS[arm]).attention_weights(context), torch.ones(4, 12))
@@ -208,6 +223,21 @@ def test_two_goals_are_told_apart_and_solved(arm):
 # test and copy the dictionary that its failure prints. In double precision, so that they hold on every CPU.
 GOLDEN: dict[str, dict[str, float]] = {
     "full": {
+        "contrastive_loss": 4.9497133,
+        "z_rms": 0.91157875,
+        "q_loss": 12919.547,
+        "q_mean": -0.0017002997,
+        "v_loss": 2.0093916,
+        "policy_loss": -1.3944841,
+        "entropy": 1.3985197,
+        "z_0": 0.99992602,
+        "z_1": 0.4231219,
+        "action_0": -0.0067722775,
+        "action_1": -0.010893529,
+        "gradient_encoder": 0.21548475,
+        "gradient_actor_critic": 84.876635,
+    },
+    "features": {
         "contrastive_loss": 4.9480217,
         "z_rms": 0.90790823,
         "v_loss": 2.0084468,
@@ -238,19 +268,19 @@ GOLDEN: dict[str, dict[str, float]] = {
         "gradient_actor_critic": 81.522942,
     },
     "batch": {
-        "contrastive_loss": 5.2159822,
-        "z_rms": 0.91052134,
-        "v_loss": 2.009331,
-        "q_loss": 12919.53,
-        "q_mean": -0.0018072313,
-        "policy_loss": -1.3945139,
-        "entropy": 1.3985948,
+        "contrastive_loss": 5.2088617,
+        "z_rms": 0.90911111,
+        "q_loss": 12919.529,
+        "q_mean": -0.0018064144,
+        "v_loss": 2.009329,
+        "policy_loss": -1.3945154,
+        "entropy": 1.3985953,
         "z_0": 1.0,
-        "z_1": 0.99999276,
-        "action_0": -0.0070133614,
-        "action_1": -0.010972497,
-        "gradient_encoder": 2.7619038,
-        "gradient_actor_critic": 85.005165,
+        "z_1": 0.99999329,
+        "action_0": -0.0070064951,
+        "action_1": -0.010967194,
+        "gradient_encoder": 1.5918803,
+        "gradient_actor_critic": 84.972034,
     },
     "sequence": {
         "contrastive_loss": 5.0747286,
@@ -268,24 +298,24 @@ GOLDEN: dict[str, dict[str, float]] = {
         "gradient_actor_critic": 91.484887,
     },
     "row": {
-        "contrastive_loss": 5.1359587,
-        "z_rms": 0.89636192,
-        "v_loss": 2.00707,
+        "contrastive_loss": 5.1217258,
+        "z_rms": 0.88162193,
         "q_loss": 12919.531,
-        "q_mean": -0.0017839557,
-        "policy_loss": -1.3944218,
-        "entropy": 1.3986965,
+        "q_mean": -0.0017895972,
+        "v_loss": 2.0069866,
+        "policy_loss": -1.3943946,
+        "entropy": 1.3987082,
         "z_0": 1.0,
-        "z_1": 0.96966664,
-        "action_0": -0.0059671387,
-        "action_1": -0.0096657817,
-        "gradient_encoder": 1.1911661,
-        "gradient_actor_critic": 79.856502,
+        "z_1": 0.94076795,
+        "action_0": -0.005972177,
+        "action_1": -0.0096934963,
+        "gradient_encoder": 1.6080037,
+        "gradient_actor_critic": 79.865745,
     },
 }
 
 
-@pytest.mark.parametrize("arm", ["full", "contrastive", "batch", "sequence", "row"])
+@pytest.mark.parametrize("arm", ["full", "features", "contrastive", "batch", "sequence", "row"])
 def test_golden_numbers(arm, double_precision):
     algorithm = focalpp(**ARMS[arm])
     if arm != "contrastive":

@@ -92,7 +92,8 @@ def product(factors: np.ndarray) -> Normal:
 
 @pytest.mark.parametrize("with_next", [False, True])
 def test_teaching_losses_in_double_precision(with_next):
-    algorithm = make(with_next=with_next, gamma=0.9, reward_scale=0.1, soft_min=0.6, perturbation=0.4)
+    chosen = {"gamma": 0.9, "reward_scale": 0.1, "soft_min": 0.6, "perturbation": 0.4, "vae_first": False}
+    algorithm = make(with_next=with_next, **chosen)
     batch, teachers, stream = made_batch(with_next=with_next), algorithm.teachers, stream_of(algorithm)
     far = torch.randn(4, 8, 2, generator=torch.Generator().manual_seed(5)) * 3  # s' that s does not pass for
     batch = {**batch, "transitions": replace(batch["transitions"], next_observation=far)}
@@ -124,6 +125,24 @@ def test_teaching_losses_in_double_precision(with_next):
     assert float(scalars["vae_loss"]) == pytest.approx(np.mean(squared) + 0.5 * np.mean(kl), rel=1e-4)
     assert float(scalars["q_loss"]) == pytest.approx(np.mean(errors, axis=0).sum(), rel=1e-4)
     assert float(scalars["model_loss"]) == pytest.approx(np.mean(model), rel=1e-4)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_target_decodes_with_the_vae_as_the_order_says(first):
+    algorithm, batch = make(vae_first=first, rate=0.1), made_batch()
+    before, stream = copy.deepcopy(algorithm), stream_of(algorithm)
+    scalars, t, found = update(algorithm, batch), batch["transitions"], {}
+    torch.randn(4, 8, LATENT, generator=stream)
+    latents = torch.randn(4, 40, LATENT, generator=stream).clamp(-0.5, 0.5)
+    pair = torch.cat([t.observation, t.action], dim=-1)
+    for name, teachers in (("stepped", algorithm.teachers), ("old", copy.deepcopy(before.teachers))):
+        before.teachers.decode.load_state_dict(teachers.decode.state_dict())
+        y = before.teacher_target(t, batch["context"].task, latents)
+        errors = (before._critics(before.teachers.q, pair, batch["context"].task) - y).square()
+        found[name] = errors.mean((1, 2)).sum().item()
+    right, wrong = ("stepped", "old") if first else ("old", "stepped")
+    assert scalars["q_loss"].item() == pytest.approx(found[right], rel=1e-6)
+    assert scalars["q_loss"].item() != pytest.approx(found[wrong], rel=1e-4)
 
 
 def test_a_task_learns_from_its_own_rows_only():

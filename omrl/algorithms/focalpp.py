@@ -15,6 +15,10 @@ Defaults are the paper's for point robots (Table 6). Differs from the paper:
   (``tokens: entries``). ``row`` is the form of the first release, a sequence of length 1.
 * The gate is exactly 1 and every residual branch exactly 0 at initialization (appendix B.2: identity-like).
   The pooling weight is the product of the blocks' gates, scaled to mean 1.
+* ``gate: weights`` (Def. 3.7) is the default: gates weigh transitions and leave features alone.
+  ``features-and-weights`` also scales each block's features, which earlier models here did. Batch-wise attention on
+  toy goals with sparse rewards in the context, 600 updates, four seeds, mean distance to the goal: two goals 0.07
+  against 0.04 (one seed of the four makes the difference), six goals 0.17 against 0.17: no reason to leave the paper.
 * No dropout (Table 6: 0.1).
 * Pairs of one task off the diagonal are masked: the theory assumes that no task repeats in a meta-batch.
 * Query and key contexts are halves of one draw; ``context_batch`` is the size of each.
@@ -44,6 +48,8 @@ class FocalppConfig(FocalConfig):
 
     Attributes:
         attention: ``both`` in parallel, ``batch`` or ``sequence`` alone, or ``none``.
+        gate: the batch-wise gates weigh transitions in the mean over the context (``weights``, Def. 3.7), or scale
+            each block's features as well.
         loss: ``contrastive`` (Eq. 8) or FOCAL's ``metric``.
         tokens: what sequence-wise attention runs over, see ``AttentionEncoder``.
         hidden: width of a token.
@@ -61,6 +67,7 @@ class FocalppConfig(FocalConfig):
     metric_weight: Annotated[float, Field(ge=0)] = 1.0
     context_batch: Annotated[int, Field(ge=1)] = 512
     attention: Literal["both", "batch", "sequence", "none"] = "both"
+    gate: Literal["weights", "features-and-weights"] = "weights"
     loss: Literal["contrastive", "metric"] = "contrastive"
     tokens: Literal["entries", "row"] = "entries"
     hidden: Annotated[int, Field(ge=1)] = 128
@@ -106,7 +113,7 @@ class Focalpp(Focal):
             # FOCAL declares its own two encoders only; naming a third there would change its fingerprint
             self.encoder = AttentionEncoder(  # type: ignore[assignment]
                 spec.context, config.latent_dim, config.hidden, config.blocks, config.heads, config.reduction,
-                config.attention, config.tokens, self.generator,
+                config.attention, config.gate, config.tokens, self.generator,
             ).to(self.device)  # fmt: skip
             self.encoder_optimizer = adam(self.encoder.parameters(), config.encoder_rate)
         self.key = copy.deepcopy(self.encoder).requires_grad_(False) if config.loss == "contrastive" else None

@@ -18,6 +18,8 @@ Two phases of training:
    i's rewards on j's rows are the mean of ensemble i; rows whose members disagree (standard deviation at or above
    ``threshold``) are left out. The context that the student learns on holds as many relabelled rows as true ones.
 
+Teachers step their VAE before the Q target decodes with it, as the release does; ``vae_first: false`` for after.
+
 All tasks' networks are one stack, and an update touches those of the drawn tasks by batched matrix products. In the
 curve ``q_mean`` is the teachers' in phase 1 and the student's in phase 2.
 
@@ -67,12 +69,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 
 from omrl.algorithms.base import ContextAlgorithm, Draw, Phase, Spec
 from omrl.algorithms.bcq import soft_minimum
@@ -80,6 +82,7 @@ from omrl.core.config import Config
 from omrl.nets.actor_critic import adam, join
 from omrl.nets.encoders import gaussian_kl
 from omrl.nets.experience import Experience
+from omrl.nets.generative import decoded, diagonal_kl, perturbed, posterior, vae_loss
 from omrl.nets.mlp import Mlp
 
 
@@ -95,7 +98,8 @@ class MbmlConfig(Config):
         ensemble, ensemble_width: reward models per task, one hidden layer each.
         rate: Adam, everything.
         gamma, reward_scale: as in FOCAL, by environment.
-        tau, soft_min, candidates, perturbation, vae_latent, vae_clip, vae_kl: of the BCQs, see ``BcqConfig``.
+        tau, soft_min, candidates, perturbation, vae_latent, vae_clip, vae_kl, vae_first: of the BCQs of phase 1, see
+            ``BcqConfig``.
         threshold: largest standard deviation of the ensemble's reward in a usable row.
         next_threshold: the same of the mean next-state prediction.
         margin: of the triplet loss.
@@ -123,6 +127,7 @@ class MbmlConfig(Config):
     vae_latent: Annotated[int, Field(ge=1)] = 2
     vae_clip: Annotated[float, Field(gt=0)] = 0.5
     vae_kl: Annotated[float, Field(ge=0)] = 0.5
+    vae_first: bool = True
     threshold: Annotated[float, Field(gt=0)] = 0.1
     next_threshold: Annotated[float, Field(gt=0)] = 0.2
     margin: Annotated[float, Field(ge=0)] = 2.0
@@ -137,25 +142,6 @@ def of_tasks(stack: Mlp, x: Tensor, places: Tensor) -> Tensor:
     for layer, (weight, bias) in enumerate(zip(stack.weights, stack.biases, strict=True)):
         x = torch.baddbmm(bias[places], torch.relu(x) if layer else x, weight[places])
     return x
-
-
-def posterior(factors: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance [..., latent] of a product of Gaussians, one per row.
-
-    Args:
-        factors: [..., n, 2 * latent], means and raw scales; variance = softplus(raw scale).
-        mask: [..., n], 1 for the rows that count; with none, the result is N(0, 1e7).
-    """
-    mean, scale = factors.chunk(2, dim=-1)
-    precision = mask.unsqueeze(-1) / functional.softplus(scale).clamp(min=1e-7)
-    variance = 1 / precision.sum(-2).clamp(min=1e-7)
-    return variance * (precision * mean).sum(-2), variance
-
-
-def diagonal_kl(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> Tensor:
-    """Return KL(one || two) of diagonal Gaussians given as (mean, variance), summed over the last axis."""
-    (m1, v1), (m2, v2) = one, two
-    return 0.5 * ((v1 + (m1 - m2).square()) / v2 - 1 + v2.log() - v1.log()).sum(-1)
 
 
 class Teachers(nn.Module):
@@ -209,15 +195,8 @@ class Mbml(ContextAlgorithm):
         self.noise = torch.Generator(self.device).manual_seed(noise_seed)
         teachers = self.teachers
         self._optimizers = {
-            "teachers": adam(
-                [
-                    *teachers.encode.parameters(),
-                    *teachers.decode.parameters(),
-                    *teachers.q.parameters(),
-                    *teachers.models.parameters(),
-                ],
-                config.rate,
-            ),
+            "teachers_vae": adam([*teachers.encode.parameters(), *teachers.decode.parameters()], config.rate),
+            "teachers": adam([*teachers.q.parameters(), *teachers.models.parameters()], config.rate),
             "teachers_shift": adam(teachers.shift.parameters(), config.rate),
             "student": adam(self.student.parameters(), config.rate),
         }
@@ -240,11 +219,10 @@ class Mbml(ContextAlgorithm):
         return torch.randn(shape, generator=self.noise, device=self.device).clamp(-clip, clip)
 
     def _perturbed(self, stack: Mlp, state: Tensor, action: Tensor, tasks: Tensor) -> Tensor:
-        raw = of_tasks(stack, torch.cat([state, action], dim=-1), tasks)
-        return (action + self.settings.perturbation * torch.tanh(raw)).clamp(-1, 1)
+        return perturbed(partial(of_tasks, stack, places=tasks), state, action, self.settings.perturbation)
 
     def _decoded(self, state: Tensor, latent: Tensor, tasks: Tensor) -> Tensor:
-        return torch.tanh(of_tasks(self.teachers.decode, torch.cat([state, latent], dim=-1), tasks))
+        return decoded(partial(of_tasks, self.teachers.decode, places=tasks), state, latent)
 
     def _critics(self, q: Mlp, rows: Tensor, tasks: Tensor) -> Tensor:
         """Return both critics' values, [2, m, n]."""
@@ -289,17 +267,18 @@ class Mbml(ContextAlgorithm):
         m, n = t.reward.shape
         latent = teachers.encode.biases[-1].shape[-1] // 2
         pair = torch.cat([t.observation, t.action], dim=-1)
-        mean, log_std = of_tasks(teachers.encode, pair, tasks).chunk(2, dim=-1)
-        log_std = log_std.clamp(-4, 15)
-        noise = torch.randn(mean.shape, generator=self.noise, device=self.device)
-        found = self._decoded(t.observation, mean + log_std.exp() * noise, tasks)
-        kl = -0.5 * (1 + 2 * log_std - mean.square() - (2 * log_std).exp()).mean()
-        vae = (found - t.action).square().mean() + config.vae_kl * kl
+        noise = torch.randn((m, n, latent), generator=self.noise, device=self.device)
+        encode, decode = (partial(of_tasks, stack, places=tasks) for stack in (teachers.encode, teachers.decode))
+        vae = vae_loss(encode, decode, t.observation, t.action, noise, config.vae_kl)
+        if config.vae_first:
+            self._step("teachers_vae", vae)
         y = self.teacher_target(t, tasks, self._latents(m, n * config.candidates, latent))
         q = self._critics(teachers.q, pair, tasks)
         q_loss = (q - y).square().mean((1, 2)).sum()
         model = self.model_error(batch["context"], tasks)
-        self._step("teachers", vae + q_loss + model)
+        if not config.vae_first:
+            self._step("teachers_vae", vae)
+        self._step("teachers", q_loss + model)
         with torch.no_grad():
             sampled = self._decoded(t.observation, self._latents(m, n, latent), tasks)
         teachers.q.requires_grad_(False)
@@ -388,9 +367,9 @@ class Mbml(ContextAlgorithm):
         wide, bare = join(t.observation, z), join(t.observation, z.detach())
         q = student.q(torch.cat([wide, t.action.reshape(len(wide), -1)], dim=-1)).squeeze(-1)
         q_loss = (q - value).square().mean()
-        decoded = torch.tanh(student.decode(torch.cat([bare, latent.reshape(len(bare), -1)], dim=-1)))
+        found = decoded(student.decode, bare, latent.reshape(len(bare), -1))
         shifted = torch.tanh(student.shift(torch.cat([bare, action], dim=-1)))
-        imitation = (decoded - action).square().mean() + (shifted - shift).square().mean()
+        imitation = (found - action).square().mean() + (shifted - shift).square().mean()
         self._step("student", q_loss + triplet + config.kl_weight * kl + imitation)
         return {
             "triplet_loss": triplet, "usable": usable.mean(), "kl": kl, "distill_q_loss": q_loss,
@@ -427,9 +406,8 @@ class Mbml(ContextAlgorithm):
         student, count = self.student, self.settings.candidates
         state = join(observation, z).repeat_interleave(count, dim=0)
         latents = student.latents.repeat(tasks * n, 1)
-        action = torch.tanh(student.decode(torch.cat([state, latents], dim=-1)))
-        shift = torch.tanh(student.shift(torch.cat([state, action], dim=-1)))
-        action = (action + self.settings.perturbation * shift).clamp(-1, 1)
+        action = decoded(student.decode, state, latents)
+        action = perturbed(student.shift, state, action, self.settings.perturbation)
         best = student.q(torch.cat([state, action], dim=-1)).view(tasks * n, count).argmax(1)
         return action.view(tasks * n, count, -1)[torch.arange(tasks * n, device=z.device), best].view(tasks, n, -1)
 

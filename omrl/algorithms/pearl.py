@@ -48,8 +48,6 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
-from torch.nn import functional
 
 from omrl.algorithms.base import Spec
 from omrl.algorithms.focal import Focal, FocalConfig
@@ -90,19 +88,6 @@ class PearlConfig(FocalConfig):
         return self
 
 
-class PosteriorEncoder(ProbabilisticEncoder):
-    """PEARL's posterior: as FOCAL's ablation, without its tanh on mean and scale."""
-
-    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of q(z | c), each [tasks, latent]."""
-        tasks, n, width = rows.shape
-        raw = self.net(rows.reshape(tasks * n, width)).view(tasks, n, 2 * self.latent)
-        mean, scale = raw.split(self.latent, dim=-1)
-        precision = 1 / functional.softplus(scale).clamp(min=self._SMALLEST)
-        variance = 1 / precision.sum(dim=1)
-        return variance * (mean * precision).sum(dim=1), variance
-
-
 class Pearl(Focal):
     """See the module's docstring."""
 
@@ -112,7 +97,9 @@ class Pearl(Focal):
         super().__init__(config, spec, seed, device)
         hidden = [config.encoder_width] * config.encoder_depth
         made = torch.Generator().manual_seed(int(torch.randint(2**31, (1,), generator=self.generator).item()))
-        self.encoder = PosteriorEncoder(spec.context, hidden, config.latent_dim, made).to(self.device)
+        self.encoder = ProbabilisticEncoder(spec.context, hidden, config.latent_dim, made, bounded=False).to(
+            self.device
+        )
         self.encoder_optimizer = adam(self.encoder.parameters(), config.encoder_rate)
 
 

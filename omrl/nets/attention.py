@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Kind = Literal["both", "batch", "sequence"]
+Gate = Literal["weights", "features-and-weights"]
 
 
 class _Linear(nn.Module):
@@ -69,10 +70,16 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """x <- w x + SelfAttention(LN(x)), then x <- x + feed-forward(LN(x)); the identity at initialization."""
+    """x <- [w] x + SelfAttention(LN(x)), then x <- x + feed-forward(LN(x)); the identity at initialization.
 
-    def __init__(self, width: int, heads: int, reduction: int, kind: Kind, generator: torch.Generator) -> None:
+    The gate's w scales the features with ``features-and-weights`` only; it is returned either way.
+    """
+
+    def __init__(
+        self, width: int, heads: int, reduction: int, kind: Kind, gate: Gate, generator: torch.Generator
+    ) -> None:
         super().__init__()
+        self.scales = gate == "features-and-weights"
         self.gate = BatchGate(width, reduction, generator) if kind != "sequence" else None
         self.attention = SelfAttention(width, heads, generator) if kind != "batch" else None
         self.norm, self.norm_out = nn.LayerNorm(width, 1e-6), nn.LayerNorm(width, 1e-6)
@@ -83,7 +90,7 @@ class Block(nn.Module):
         tasks, n, tokens, width = x.shape
         normed = self.norm(x)
         weights = None if self.gate is None else self.gate(normed.mean(2))
-        out = x if weights is None else x * weights[..., None, None]
+        out = x * weights[..., None, None] if weights is not None and self.scales else x
         if self.attention is not None:
             out = out + self.attention(normed.view(tasks * n, tokens, width)).reshape(x.shape)
         out = out + self.narrow(functional.gelu(self.wide(self.norm_out(out)), approximate="tanh"))
@@ -101,6 +108,7 @@ class AttentionEncoder(nn.Module):
         width: of a token; a multiple of ``heads``.
         blocks, heads, reduction: see ``FocalppConfig``.
         kind: which attention.
+        gate: what the gates act on, see ``FocalppConfig``.
         tokens: ``entries``: every scalar of (s, a, r[, s']) is a token with a direction and an offset of its own.
             ``row``: the whole row is the only token, over which attention is one linear map.
         generator: source of the initial weights.
@@ -115,6 +123,7 @@ class AttentionEncoder(nn.Module):
         heads: int,
         reduction: int,
         kind: Kind,
+        gate: Gate,
         tokens: Literal["entries", "row"],
         generator: torch.Generator,
     ) -> None:
@@ -124,7 +133,7 @@ class AttentionEncoder(nn.Module):
         if self.by_entry:
             self.directions = nn.Parameter(torch.randn(inputs, width, generator=generator))
             self.offsets = nn.Parameter(torch.randn(inputs, width, generator=generator))
-        self.blocks = nn.ModuleList(Block(width, heads, reduction, kind, generator) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(width, heads, reduction, kind, gate, generator) for _ in range(blocks))
         self.tail = _Linear(width, latent, generator)
 
     def transitions(self, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from omrl.nets.generative import posterior
 from omrl.nets.mlp import Mlp
 
 
@@ -24,26 +24,23 @@ class DeterministicEncoder(nn.Module):
 
 
 class ProbabilisticEncoder(nn.Module):
-    """The ablation with PEARL's inference: a product of one Gaussian per transition (PEARL Eq. 3).
+    """PEARL's inference: a product of one Gaussian per transition (PEARL Eq. 3), variance = softplus(raw scale).
 
-    Mean and raw scale are tanh-bounded as in the released FOCAL code; variance = softplus(raw scale).
+    ``bounded``: mean and raw scale are tanh-bounded as in FOCAL's released ablation; PEARL's own are not.
     """
 
-    _SMALLEST = 1e-7  # of a factor's variance
-
-    def __init__(self, inputs: int, hidden: list[int], latent: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, inputs: int, hidden: list[int], latent: int, generator: torch.Generator, bounded: bool = True
+    ) -> None:
         super().__init__()
-        self.latent = latent
+        self.latent, self.bounded = latent, bounded
         self.net = Mlp(inputs, hidden, 2 * latent, generator)
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of q(z | c), each [tasks, latent]."""
         tasks, n, width = rows.shape
-        raw = torch.tanh(self.net(rows.reshape(tasks * n, width))).view(tasks, n, 2 * self.latent)
-        mean, scale = raw.split(self.latent, dim=-1)
-        precision = 1 / functional.softplus(scale).clamp(min=self._SMALLEST)
-        variance = 1 / precision.sum(dim=1)
-        return variance * (mean * precision).sum(dim=1), variance
+        raw = self.net(rows.reshape(tasks * n, width)).view(tasks, n, 2 * self.latent)
+        return posterior(torch.tanh(raw) if self.bounded else raw)
 
 
 def gaussian_kl(mean: Tensor, variance: Tensor, prior_std: float) -> Tensor:
