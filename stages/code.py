@@ -30,7 +30,7 @@ def main() -> None:
         for name in ENGINES:
             write_json(folder / "engines" / f"{name}.json", fingerprint(f"omrl.behavior.{name}"))
         for name, entry in params.algorithms.items():
-            module = entry.module(name).replace("-", "_")
+            module = entry.file.replace("-", "_")
             write_json(folder / "algorithms" / f"{name}.json", fingerprint(f"omrl.algorithms.{module}"))
 
 

@@ -17,7 +17,7 @@ def main() -> None:
     family, entry = params.family, params.algorithms[name]
     build_model(
         name=name,
-        module=entry.module(name),
+        module=entry.file,
         overrides=entry.overrides,
         dataset=dataset,
         seed=int(seed),

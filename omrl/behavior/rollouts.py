@@ -56,7 +56,7 @@ class RolloutsConfig(Config):
     source: Annotated[Literal["checkpoints", "replay", "scripted"], Field(exclude_if=lambda x: x == "checkpoints")] = (
         "checkpoints"
     )
-    steps: Literal["all"] | list[int] = "all"
+    steps: Literal["all"] | list[Annotated[int, Field(ge=0, le=10**8)]] = "all"
     episodes_per_checkpoint: Annotated[int, Field(ge=1, le=100_000)] = 50
     deterministic_episodes: Annotated[int, Field(ge=0, le=100_000)] = 1
     horizon: Annotated[int, Field(ge=1, le=100_000)] = 200

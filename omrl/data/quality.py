@@ -31,7 +31,7 @@ class LevelConfig(Config):
         deterministic: also take episodes with mean actions.
     """
 
-    steps: Literal["all"] | list[int] | None = None
+    steps: Literal["all"] | list[Annotated[int, Field(ge=0, le=10**8)]] | None = None
     band: list[float] | None = None
     # left out of what is recorded when not given: footers keep the bytes they had before there was a choice
     part: Annotated[list[float] | None, Field(exclude_if=lambda x: x is None)] = None
@@ -62,17 +62,17 @@ class DatasetConfig(Config):
         levels: name -> definition.
     """
 
-    train: Annotated[list[str], Field(min_length=1)]
-    test: Annotated[list[str], Field(min_length=1)]
-    transitions_per_task: Annotated[int, Field(ge=1)] = 10000
+    train: Annotated[list[str], Field(min_length=1, max_length=1000)]
+    test: Annotated[list[str], Field(min_length=1, max_length=1000)]
+    transitions_per_task: Annotated[int, Field(ge=1, le=10**7)] = 10000
     levels: dict[str, LevelConfig]
 
     @field_validator("levels")
     @classmethod
     def _some(cls, value: dict[str, LevelConfig]) -> dict[str, LevelConfig]:
         for name in value:
-            if not name.replace("-", "").isalnum() or name != name.lower():
-                raise ValueError(f"{name!r} names a folder, use lower-case letters, digits and '-'")
+            if not name.replace("-", "").isalnum() or name != name.lower() or len(name) > 64:
+                raise ValueError(f"{name!r} names a folder, use lower-case letters, digits and '-', at most 64")
         if not value:
             raise ValueError("expected at least one level")
         return value

@@ -43,10 +43,10 @@ class EvaluateConfig(ProtocolConfig):
         threads: of torch.
     """
 
-    embedding_context: Annotated[int, Field(ge=1)] = 256
-    embedding_resamples: Annotated[int, Field(ge=2)] = 8
-    sparsity_ratios: list[Annotated[float, Field(ge=0, le=1)]] = []
-    trajectories: Annotated[int, Field(ge=0)] = 6
+    embedding_context: Annotated[int, Field(ge=1, le=65536)] = 256
+    embedding_resamples: Annotated[int, Field(ge=2, le=1000)] = 8
+    sparsity_ratios: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(max_length=1000)] = []
+    trajectories: Annotated[int, Field(ge=0, le=10_000)] = 6
     threads: Annotated[int, Field(ge=1, le=256)] = 1
 
 

@@ -63,11 +63,11 @@ class ProtocolConfig(Config):
 
     protocol: Literal["offline-context", "ood-checkpoint", "online-prior", "online-idaq"] = "offline-context"
     episodes: Annotated[int, Field(ge=1, le=10_000)] = 20
-    context_per_episode: Annotated[int, Field(ge=1)] = 20
+    context_per_episode: Annotated[int, Field(ge=1, le=65536)] = 20
     repetitions: Annotated[int, Field(ge=1, le=1000)] = 2
-    exploration_episodes: Annotated[int, Field(ge=1)] = 10
+    exploration_episodes: Annotated[int, Field(ge=1, le=10_000)] = 10
     kept_share: Annotated[float, Field(gt=0, le=1)] = 0.2
-    prior_context: Annotated[int, Field(ge=1)] = 256
+    prior_context: Annotated[int, Field(ge=1, le=65536)] = 256
 
     @model_validator(mode="after")
     def _exploits(self) -> ProtocolConfig:

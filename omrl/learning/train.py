@@ -46,8 +46,8 @@ class MetaTrainConfig(Config):
     """
 
     steps: Annotated[int, Field(ge=1, le=10**8)] = 2000
-    log_every: Annotated[int, Field(ge=1)] = 100
-    checkpoint_every: Annotated[int, Field(ge=1)] = 500
+    log_every: Annotated[int, Field(ge=1, le=10**8)] = 100
+    checkpoint_every: Annotated[int, Field(ge=1, le=10**8)] = 500
     threads: Annotated[int, Field(ge=1, le=256)] = 2
     matmul: Kernels = "float32"
     time_limit_terminal: bool = False

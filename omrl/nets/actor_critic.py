@@ -57,7 +57,7 @@ class RegularizationConfig(Config):
     adaptive: bool = True
     alpha_rate: Annotated[float, Field(gt=0)] = 1.0
     target_divergence: float = 0.05
-    discriminator_steps: Annotated[int, Field(ge=1)] = 3
+    discriminator_steps: Annotated[int, Field(ge=1, le=1000)] = 3
     discriminator_rate: Annotated[float, Field(gt=0)] = 1e-4
     penalty: Literal["value", "gradient"] = "value"
     penalty_weight: Annotated[float, Field(ge=0)] = 5.0
@@ -86,8 +86,8 @@ class ActorCriticConfig(Config):
         log_std_max: clamp of log-std: 0 in FOCAL, 2 in PEARL.
     """
 
-    width: Annotated[int, Field(ge=1)] = 256
-    depth: Annotated[int, Field(ge=1)] = 3
+    width: Annotated[int, Field(ge=1, le=4096)] = 256
+    depth: Annotated[int, Field(ge=1, le=16)] = 3
     actor_rate: Annotated[float, Field(gt=0)] = 3e-4
     critic_rate: Annotated[float, Field(gt=0)] = 3e-4
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.9
