@@ -18,6 +18,7 @@ from omrl import experiment
 from omrl.core import registry
 from omrl.core.config import Config
 from omrl.core.errors import UserError, printable, suggest
+from omrl.core.yamlfile import read
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "params.yaml").read_text()
@@ -224,3 +225,24 @@ def test_every_section_has_a_type():
         function = member.fget if isinstance(member, property) else member.func
         assert "Any" not in function.__annotations__["return"], section
     assert all(issubclass(cls, BaseModel) for cls in (experiment.TasksConfig, experiment._Top))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: &a {x: 1}\nb: &b {<<: *a, x: 2, y: 3}\nc: {<<: *b, y: 4}", {"x": 2, "y": 4}),
+        ("c: {1: 2, 'on': on, 1e-5: 1e-5, d: 2001-01-01}", {1: 2, "on": "on", 1e-5: 1e-5, "d": "2001-01-01"}),
+    ],
+)
+def test_yaml_means_what_dvc_takes_it_for(tmp_path, text, expected):
+    (tmp_path / "x.yaml").write_text(text)
+    assert read(tmp_path / "x.yaml")["c"] == expected
+
+
+@pytest.mark.parametrize("text", ["a: &a {x: 1}\nb: {<<: *a, y: 1, y: 2}", "a: 1\n'a': 2", "? [{a: 1}]\n: 1", "[1]: 2"])
+def test_a_key_is_one_word_and_stands_once(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(
+        UserError, match=r"x\.yaml:\d: not valid.*(stands there twice|neither text nor)"
+    ):
+        read(tmp_path / "x.yaml")

@@ -6,18 +6,20 @@ and the words like that, without quotes, into dvc.lock and, with ``dvc exp run -
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import ConstructorError, SafeConstructor
+from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import (
     AliasEvent,
     CollectionEndEvent,
     CollectionStartEvent,
     DocumentStartEvent,
+    MappingStartEvent,
     NodeEvent,
     ScalarEvent,
 )
@@ -42,38 +44,50 @@ class _Problem(Exception):
 
 
 class _Constructor(SafeConstructor):
-    """Keys are text or numbers; a date is text."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        values = super().construct_mapping(node, deep=deep)
-        for key in values:
-            if not isinstance(key, str | int) or isinstance(key, bool):
-                raise ConstructorError(None, None, f"key {key!r} is neither text nor a number", node.start_mark)
-        return values
-
-    def check_mapping_key(self, node: Any, key_node: Any, mapping: Any, key: Any, value: Any) -> bool:
-        if key in mapping:
-            raise ConstructorError(None, None, f"key '{key}' stands there twice", key_node.start_mark)
-        return True
+    """A date is text."""
 
 
 _Constructor.add_constructor(_TIMESTAMP, SafeConstructor.construct_yaml_str)
 
 
+@dataclass
+class _Open:
+    """A collection whose end is still to come."""
+
+    anchor: str | None
+    before: int  # nodes before it
+    keys: set[str] | None  # of a mapping, so far
+    expects_key: bool = True
+
+    def take(self, event: Any) -> None:
+        """Check the node as this collection's next member."""
+        if self.keys is None:
+            return
+        if self.expects_key:
+            if not isinstance(event, ScalarEvent):
+                raise _Problem("a key that is neither text nor a number", event)
+            if event.value in self.keys:
+                raise _Problem(f"key {shown(event.value)} stands there twice", event)
+            self.keys.add(event.value)
+        self.expects_key = not self.expects_key
+
+
 def _check(text: str) -> None:
     """Go over the parser's events, before anything is built, and refuse what could hurt or mislead."""
     sizes: dict[str, int] = {}  # of what is anchored, in nodes
-    around: list[tuple[str | None, int]] = []  # anchors of the collections around, nodes before them
+    around: list[_Open] = []
     nodes = 0
     for event in YAML(typ="safe", pure=True).parse(text):
         if isinstance(event, DocumentStartEvent) and (event.version or event.tags):
             raise _Problem("a directive (%) has no place here", event)
         if isinstance(event, CollectionEndEvent):
-            anchor, before = around.pop()
-            if anchor:
-                sizes[anchor] = nodes - before
+            closed = around.pop()
+            if closed.anchor:
+                sizes[closed.anchor] = nodes - closed.before
         if not isinstance(event, NodeEvent):
             continue
+        if around:
+            around[-1].take(event)
         if isinstance(event, AliasEvent):
             if event.anchor not in sizes:
                 raise _Problem(f"alias {shown('*' + event.anchor)} stands for nothing above it", event)
@@ -91,7 +105,7 @@ def _check(text: str) -> None:
             if event.anchor:
                 sizes[event.anchor] = 1
         elif isinstance(event, CollectionStartEvent):
-            around.append((event.anchor, nodes - 1))
+            around.append(_Open(event.anchor, nodes - 1, set() if isinstance(event, MappingStartEvent) else None))
             if len(around) > _DEPTH:
                 raise _Problem(f"nested deeper than {_DEPTH} levels", event)
 
@@ -133,7 +147,7 @@ def read(path: str | Path) -> Any:
         line, problem = mark.line if mark else 0, str(error.problem or error.context)
     except ReaderError as error:
         line, problem = text.count("\n", 0, error.position), f"character U+{error.character:04X} is not allowed"
-    except (YAMLError, ValueError, OverflowError) as error:
+    except (YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not valid YAML: {shown(error, 200, quote=False)}") from None
     raise UserError(f"{path}:{line + 1}: not valid YAML: {shown(problem, 200, quote=False)}")
 
