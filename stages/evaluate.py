@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from omrl.core import layout
 from omrl.core.errors import run
 from omrl.evaluation.evaluate import build_evaluation
 from omrl.experiment import load
@@ -21,11 +22,11 @@ def main() -> None:
         config=params.evaluate,
         family=params.family,
         code=[
-            "data/code/stages/evaluate.json",
-            f"data/code/algorithms/{name}.json",
-            f"data/code/envs/{params.env}.json",
+            layout.code("stages", "evaluate"),
+            layout.code("algorithms", name),
+            layout.code("envs", params.env),
         ],
-        target=f"data/evaluations/{name}/{train}/{test}/{seed}",
+        target=layout.evaluations(name, train, test, int(seed)),
     )
 
 

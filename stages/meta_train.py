@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from omrl.algorithms.base import Sizes
+from omrl.core import layout
 from omrl.core.errors import run
 from omrl.experiment import load
 from omrl.learning.train import build_model
@@ -24,11 +25,11 @@ def main() -> None:
         config=params.meta_train,
         sizes=Sizes(family.observation_size, family.action_size, family.context_next_observation),
         code=[
-            "data/code/stages/meta_train.json",
-            f"data/code/algorithms/{name}.json",
-            f"data/code/envs/{params.env}.json",
+            layout.code("stages", "meta_train"),
+            layout.code("algorithms", name),
+            layout.code("envs", params.env),
         ],
-        target=f"data/models/{name}/{dataset}/{seed}",
+        target=layout.models(name, dataset, int(seed)),
     )
 
 

@@ -242,7 +242,5 @@ def test_yaml_means_what_dvc_takes_it_for(tmp_path, text, expected):
 @pytest.mark.parametrize("text", ["a: &a {x: 1}\nb: {<<: *a, y: 1, y: 2}", "a: 1\n'a': 2", "? [{a: 1}]\n: 1", "[1]: 2"])
 def test_a_key_is_one_word_and_stands_once(tmp_path, text):
     (tmp_path / "x.yaml").write_text(text)
-    with pytest.raises(
-        UserError, match=r"x\.yaml:\d: not valid.*(stands there twice|neither text nor)"
-    ):
+    with pytest.raises(UserError, match=r"x\.yaml:\d: not valid.*(stands there twice|neither text nor)"):
         read(tmp_path / "x.yaml")

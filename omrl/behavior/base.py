@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, field_validator, model_validator
 
-from omrl.core import seeding
+from omrl.core import layout, seeding
 from omrl.core.config import Config
 from omrl.core.files import atomic_dir, canonical, input_hashes, read_json, scratch, write_manifest
 
@@ -229,7 +229,7 @@ def build_shard(
     env_config: dict[str, Any],
     config: BehaviorConfig,
     seed: int,
-    code: list[str],
+    code: Sequence[str | Path],
     target: str | Path,
 ) -> None:
     """Train the behavior policies of a shard and publish them as one folder.
@@ -248,7 +248,7 @@ def build_shard(
         code: fingerprint files this training depends on.
         target: ``data/behavior/<shard>``.
     """
-    tasks_file = f"data/tasks/{shard}.json"
+    tasks_file = layout.tasks(shard)
     tasks = read_json(tasks_file)["tasks"]
     resolved = config.resolved()
     key = {

@@ -54,14 +54,14 @@ def suggest(name: object, options: Iterable[str]) -> str:
     A long list is left out when there is something near, and cut off else.
     """
     known, wanted = sorted(options), str(name)[:100]
-    near = max(known, key=lambda option: _alike(wanted, option), default=None)
+    near = max(known, key=lambda option: (_alike(wanted, option), option), default=None)
     if near is not None and max(_alike(wanted, near), _ratio(wanted, near)) < 0.6:
         near = None
     if near and len(known) > 12:
         return f"did you mean '{near}'?"
     hint = f"did you mean '{near}'? " if near else ""
     available = ", ".join(known) if known else "none"
-    return f"{hint}available: {available if len(available) <= 150 else available[:150].rpartition(',')[0] + ', ...'}"
+    return f"{hint}available: {available if len(available) <= 120 else available[:120].rpartition(',')[0] + ', ...'}"
 
 
 def _one_line(text: str) -> str:

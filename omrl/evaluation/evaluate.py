@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from omrl.algorithms.base import load_model
+from omrl.core import layout
 from omrl.core.files import atomic_dir, input_hashes, read_json, write_json, write_manifest
 from omrl.core.progress import Progress
 from omrl.data.parquet import read_transitions, verified, write_table
@@ -58,7 +59,7 @@ def build_evaluation(
     seed: int,
     config: EvaluateConfig,
     family: Family,
-    code: Sequence[str],
+    code: Sequence[str | Path],
     target: str | Path,
 ) -> None:
     """Evaluate one model with the contexts of one test dataset and publish the folder.
@@ -76,9 +77,9 @@ def build_evaluation(
         UserError: model or dataset is missing or damaged.
     """
     torch.set_num_threads(config.threads)
-    model, data = Path("data/models") / name / train / str(seed), Path("data/datasets") / test
-    inputs = input_hashes("data/tasks/all.json", model, data, *code)
-    tasks = read_json("data/tasks/all.json")["tasks"]
+    model, data = layout.models(name, train, seed), layout.datasets(test)
+    inputs = input_hashes(layout.TASKS, model, data, *code)
+    tasks = read_json(layout.TASKS)["tasks"]
     algorithm = load_model(model)
     buffers = TaskBuffers.load(data, [t["index"] for t in tasks])
     stream = ("evaluate", config.protocol, name, train, test)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from omrl.algorithms.base import CONFIG as MODEL_CONFIG
 from omrl.algorithms.base import MODEL, BatchSizes, MetaAlgorithm, MetaBatch, Sizes, create, save_model
-from omrl.core import seeding
+from omrl.core import layout, seeding
 from omrl.core.allocator import keep_memory
 from omrl.core.config import Config
 from omrl.core.errors import UserError
@@ -228,7 +228,7 @@ def build_model(
     seed: int,
     config: MetaTrainConfig,
     sizes: Sizes,
-    code: Sequence[str],
+    code: Sequence[str | Path],
     target: str | Path,
 ) -> None:
     """Meta-train one cell and publish its folder; a killed run goes on where it was.
@@ -247,9 +247,9 @@ def build_model(
     Raises:
         UserError: a dataset file is missing or damaged, or training diverged.
     """
-    source = f"data/datasets/{dataset}"
-    tasks = read_json("data/tasks/all.json")["train"]
-    inputs = input_hashes("data/tasks/all.json", source, *code)
+    source = layout.datasets(dataset)
+    tasks = read_json(layout.TASKS)["train"]
+    inputs = input_hashes(layout.TASKS, source, *code)
     own_seed = seeding.integer(seed, "meta_train", name, dataset)
     algorithm = create(module, overrides, sizes, own_seed, where=f"params.yaml: algorithms.{name}")
     key = {
