@@ -1,28 +1,49 @@
-"""Strict, typed loading of params.yaml.
+"""Strict, typed reading of params.yaml.
 
 The library never reads params.yaml; its typed configurations are filled here. A stage asks for the sections
-it declares in dvc.yaml and gets those and no others. This module is not part of any fingerprint: what it
-hands over is the values, which DVC tracks, in classes that the stage's own library code imports.
+it declares in dvc.yaml and gets those and no others, and pays for the imports of those alone. This module is not
+part of any fingerprint: what it hands over is the values, which DVC tracks, in classes that the stage's own
+library code imports.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar
 
-import yaml
-from pydantic import Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 
 from omrl.core import registry
 from omrl.core.config import Config, parse
-from omrl.core.errors import UserError, suggest
-from omrl.core.yaml12 import version_1_2
+from omrl.core.errors import UserError, shown, suggest
+from omrl.core.yamlfile import read as read_yaml
+
+if TYPE_CHECKING:  # a section's classes are imported when it is asked for
+    from omrl.behavior.base import BehaviorConfig
+    from omrl.behavior.rollouts import RolloutsConfig
+    from omrl.data.pairs import PairConfig
+    from omrl.data.quality import DatasetConfig
+    from omrl.data.relabel import RelabelConfig
+    from omrl.envs.base import Family
+    from omrl.evaluation.evaluate import EvaluateConfig
+    from omrl.evaluation.protocols.base import ProtocolConfig
+    from omrl.learning.train import MetaTrainConfig
+    from omrl.report import ReportConfig
 
 FILE = "params.yaml"
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+MOST_CELLS = 20_000  # DVC reads and writes all of them at every stage
+_MOST_STEPS = 10**8  # of one task's rollouts
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Section = Literal[
+    "repository", "env", "env_config", "tasks", "shards", "seed", "behavior", "rollouts", "dataset", "relabel",
+    "pairs", "algorithms", "meta_train", "seeds", "evaluate", "report",
+]  # fmt: skip
+C = TypeVar("C", bound=BaseModel)
 
 
 class TasksConfig(Config):
@@ -38,15 +59,40 @@ class TasksConfig(Config):
         return self.train + self.test
 
 
-class Algorithm(Config):
-    """An entry of section ``algorithms``: the file it runs, and what it overrides there."""
+@dataclass(frozen=True)
+class Algorithm:
+    """An entry of section ``algorithms``.
 
-    algorithm: str | None = None
-    overrides: dict[str, Any] = {}
+    Attributes:
+        file: name of the file in omrl/algorithms/ that it runs.
+        overrides: of that file's configuration; not checked yet.
+    """
 
-    def module(self, name: str) -> str:
-        """Return the algorithm's file name, the entry's own name unless ``algorithm`` says otherwise."""
-        return self.algorithm or name
+    file: str
+    overrides: dict[str, object]
+
+
+class Model(TypedDict):
+    """A meta-training cell."""
+
+    algorithm: str
+    train: str
+    seed: int
+
+
+class Evaluation(Model):
+    """An evaluation cell."""
+
+    test: str
+
+
+class Cells(TypedDict):
+    """What params.yaml asks for, in the file's order."""
+
+    shards: dict[str, list[int]]
+    datasets: list[str]
+    models: list[Model]
+    evaluations: list[Evaluation]
 
 
 class _Top(Config):
@@ -54,60 +100,37 @@ class _Top(Config):
 
     repository: str = "."
     env: str
-    env_config: dict[str, Any] = {}
-    tasks: dict[str, Any]
-    shards: dict[str, list[int]]
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    behavior: dict[str, Any]
-    rollouts: dict[str, Any]
-    dataset: dict[str, Any]
-    relabel: dict[str, dict[str, Any]] = {}
-    algorithms: dict[str, dict[str, Any] | None]
-    meta_train: dict[str, Any]
-    evaluate: dict[str, Any]
-    seeds: Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
-    report: dict[str, Any] = {}
+    env_config: dict[str, object] = {}
+    tasks: dict[str, object]
+    shards: dict[str, list[Annotated[int, Field(ge=0, le=10**6)]]]
+    seed: Seed = 0
+    behavior: dict[str, object]
+    rollouts: dict[str, object]
+    dataset: dict[str, object]
+    relabel: dict[str, dict[str, object]] = {}
+    pairs: dict[str, dict[str, object]] = {}
+    algorithms: dict[str, dict[str, object] | None]
+    meta_train: dict[str, object]
+    evaluate: dict[str, object]
+    seeds: Annotated[list[Seed], Field(min_length=1, max_length=MOST_CELLS)]
+    report: dict[str, object] = {}
 
-    @field_validator("shards", "relabel", "algorithms", mode="before")
+    @field_validator("shards", "relabel", "pairs", "algorithms", mode="before")
     @classmethod
-    def _names(cls, value: Any) -> Any:
+    def _names(cls, value: object) -> object:
         for name in value if isinstance(value, dict) else ():
             if not isinstance(name, str) or not _NAME.fullmatch(name):
-                raise ValueError(f"{name!r} names a folder, use lower-case letters, digits and '-' (quote numbers)")
+                raise ValueError(
+                    f"{shown(name)} names a folder, use lower-case letters, digits and '-' (quote numbers), at most 64"
+                )
         return value
 
-
-# the classes are imported when their section is asked for: a stage pays only for what it uses
-_SECTIONS = {
-    "behavior": ("omrl.behavior.base", "BehaviorConfig"),
-    "rollouts": ("omrl.behavior.rollouts", "RolloutsConfig"),
-    "dataset": ("omrl.data.quality", "DatasetConfig"),
-    "meta_train": ("omrl.learning.train", "MetaTrainConfig"),
-    "evaluate": ("omrl.evaluation.evaluate", "EvaluateConfig"),
-    "report": ("omrl.report", "ReportConfig"),
-}
-
-
-@version_1_2
-class _UniqueKeys(yaml.SafeLoader):
-    """A safe YAML loader that refuses a key written twice."""
-
-
-def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if not isinstance(key, str | int):
-            raise yaml.MarkedYAMLError(
-                problem=f"key {key!r} is neither text nor a number", problem_mark=node.start_mark
-            )
-        if key in seen:
-            raise yaml.MarkedYAMLError(problem=f"key '{key}' stands there twice", problem_mark=key_node.start_mark)
-        seen.add(key)
-    return dict(loader.construct_pairs(node, deep=True))
-
-
-_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        if isinstance(value, dict):  # dvc.yaml's matrix would take the keys for the seeds
+            raise ValueError("expected a list such as [0, 1, 2]: DVC makes a cell of each entry, and cannot count")
+        return value
 
 
 def read(path: str | Path = FILE) -> _Top:
@@ -116,70 +139,177 @@ def read(path: str | Path = FILE) -> _Top:
     Raises:
         UserError: no such file, not YAML, an unknown, missing or wrongly typed key.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; run this in a folder with params.yaml and dvc.yaml") from None
-    except (UnicodeDecodeError, IsADirectoryError):
-        raise UserError(f"{path}: expected a YAML text file in UTF-8") from None
-    try:
-        values = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    return parse(_Top, values, f"{path}:")
+    return parse(_Top, read_yaml(path), f"{path}:")
 
 
-def _section(top: _Top, name: str, path: str | Path) -> Any:
-    where = f"{path}: {name}"
-    if name == "tasks":
-        return parse(TasksConfig, top.tasks, where)
-    if name == "relabel":
-        relabel = importlib.import_module("omrl.data.relabel").RelabelConfig
-        return {key: parse(relabel, value, f"{where}.{key}") for key, value in top.relabel.items()}
-    if name == "algorithms":
-        return {key: _algorithm(key, value, f"{where}.{key}") for key, value in top.algorithms.items()}
-    if name in _SECTIONS:
-        module, cls = _SECTIONS[name]
-        return parse(getattr(importlib.import_module(module), cls), getattr(top, name), where)
-    return getattr(top, name)
+@dataclass(frozen=True)
+class Experiment:
+    """What params.yaml says, typed; only the sections that were asked for can be read.
+
+    Attributes:
+        path: the file, for messages.
+        sections: that can be read.
+    """
+
+    path: str | Path
+    sections: frozenset[str]
+    _top: _Top
+
+    def _given(self, section: Section) -> Any:
+        if section not in self.sections:
+            raise LookupError(f"section '{section}' of {self.path} was not asked for")
+        return getattr(self._top, section)
+
+    def _parsed(self, section: Section, cls: type[C]) -> C:
+        return parse(cls, self._given(section), f"{self.path}: {section}")
+
+    @property
+    def repository(self) -> str:
+        """Where the repository's root lies, seen from the file's folder."""
+        return self._given("repository")
+
+    @cached_property
+    def env(self) -> str:
+        """Name of the environment family, one that exists."""
+        name, known = self._given("env"), registry.names("omrl.envs")
+        if name not in known:
+            options = suggest(name, known)
+            raise UserError(f"{self.path}: env = {shown(name)}: unknown environment; {options}")
+        return name
+
+    @cached_property
+    def env_config(self) -> dict[str, object]:
+        """What the file says about the family, checked against its class."""
+        from omrl.envs.base import config_class
+
+        given = self._given("env_config")
+        parse(config_class(self.env), given, f"{self.path}: env_config")
+        return given
+
+    @cached_property
+    def family(self) -> Family:
+        """The family ``env`` with ``env_config``."""
+        from omrl.envs.base import load_family
+
+        return load_family(self.env, self.env_config)
+
+    @cached_property
+    def tasks(self) -> TasksConfig:
+        """How many tasks, and which."""
+        return self._parsed("tasks", TasksConfig)
+
+    @property
+    def shards(self) -> dict[str, list[int]]:
+        """Name -> first and last task."""
+        return self._given("shards")
+
+    @property
+    def seed(self) -> int:
+        """Root of the data's random streams."""
+        return self._given("seed")
+
+    @cached_property
+    def behavior(self) -> BehaviorConfig:
+        """Training of the behavior policies."""
+        from omrl.behavior.base import BehaviorConfig
+
+        return self._parsed("behavior", BehaviorConfig)
+
+    @cached_property
+    def rollouts(self) -> RolloutsConfig:
+        """What acts, and for how long."""
+        from omrl.behavior.rollouts import RolloutsConfig
+
+        return self._parsed("rollouts", RolloutsConfig)
+
+    @cached_property
+    def dataset(self) -> DatasetConfig:
+        """Quality levels, and which are trained and tested on."""
+        from omrl.data.quality import DatasetConfig
+
+        return self._parsed("dataset", DatasetConfig)
+
+    @cached_property
+    def relabel(self) -> dict[str, RelabelConfig]:
+        """Relabelled sets by name."""
+        from omrl.data.relabel import RelabelConfig
+
+        given = self._given("relabel")
+        return {k: parse(RelabelConfig, v, f"{self.path}: relabel.{k}") for k, v in given.items()}
+
+    @cached_property
+    def pairs(self) -> dict[str, PairConfig]:
+        """Dataset pairs by name."""
+        from omrl.data.pairs import PairConfig
+
+        given = self._given("pairs")
+        return {k: parse(PairConfig, v, f"{self.path}: pairs.{k}") for k, v in given.items()}
+
+    @cached_property
+    def algorithms(self) -> dict[str, Algorithm]:
+        """Algorithms by name, each of a file that exists."""
+        return {name: self._algorithm(name, value or {}) for name, value in self._given("algorithms").items()}
+
+    def _algorithm(self, name: str, value: dict[str, object]) -> Algorithm:
+        overrides, known = dict(value), registry.names("omrl.algorithms")
+        file = overrides.pop("algorithm", None)
+        where = f"{self.path}: algorithms.{name}"
+        if not isinstance(file, str | None):
+            raise UserError(f"{where}.algorithm = {shown(file)}: expected the name of an algorithm")
+        if "." in (file or ""):
+            registry.load("omrl.algorithms", str(file), "algorithm", ("CONFIG", "ALGORITHM"), f"{where}.algorithm: ")
+        elif (file or name) not in known:
+            key = f"{where}.algorithm = {shown(file)}" if file else where
+            plain = shown(file or name, 64, quote=False)
+            raise UserError(f"{key}: unknown algorithm '{plain}': {suggest(file or name, known)}")
+        return Algorithm(file or name, overrides)
+
+    @cached_property
+    def meta_train(self) -> MetaTrainConfig:
+        """Steps and threads of meta-training."""
+        from omrl.learning.train import MetaTrainConfig
+
+        return self._parsed("meta_train", MetaTrainConfig)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of meta-training, one cell each."""
+        return self._given("seeds")
+
+    @cached_property
+    def evaluate(self) -> EvaluateConfig:
+        """What every evaluation has: protocol and measurements."""
+        return self._evaluate[0]
+
+    @property
+    def protocol(self) -> ProtocolConfig:
+        """The keys of section ``evaluate`` that are the protocol's own."""
+        return self._evaluate[1]
+
+    @cached_property
+    def _evaluate(self) -> tuple[EvaluateConfig, ProtocolConfig]:
+        from omrl.evaluation.evaluate import parse_evaluate
+
+        return parse_evaluate(self._given("evaluate"), f"{self.path}: evaluate")
+
+    @cached_property
+    def report(self) -> ReportConfig:
+        """Intervals and pictures."""
+        from omrl.report import ReportConfig
+
+        return self._parsed("report", ReportConfig)
 
 
-def _algorithm(name: str, value: dict[str, Any] | None, where: str) -> Algorithm:
-    overrides = dict(value or {})
-    module = overrides.pop("algorithm", None)
-    known = registry.names("omrl.algorithms")
-    if (module or name) not in known:
-        key = f"{where}.algorithm = {module!r}" if module else where
-        raise UserError(f"{key}: unknown algorithm '{module or name}': {suggest(module or name, known)}")
-    return Algorithm(algorithm=module, overrides=overrides)
-
-
-def load(*sections: str, path: str | Path = FILE) -> Any:
-    """Return an object whose attributes are the typed ``sections`` of params.yaml, and nothing else.
-
-    ``env`` is checked against the families that exist; with it, ``family`` is the family built from
-    ``env_config``.
+def load(*sections: Section, path: str | Path = FILE) -> Experiment:
+    """Return the experiment of which ``sections``, checked, and no others can be read.
 
     Raises:
         UserError: one line naming the key, the value and what was expected.
     """
-    top = read(path)
-    values = {name: _section(top, name, path) for name in sections}
-    if "env" in sections:
-        values["family"] = _family(top, path)
-    return SimpleNamespace(**values)
-
-
-def _family(top: _Top, path: str | Path) -> Any:
-    envs = importlib.import_module("omrl.envs.base")
-    known = registry.names("omrl.envs")
-    if top.env not in known:
-        raise UserError(f"{path}: env = '{top.env}': unknown environment; {suggest(top.env, known)}")
-    parse(envs.config_class(top.env), top.env_config, f"{path}: env_config")
-    return envs.load_family(top.env, top.env_config)
+    experiment = Experiment(path, frozenset(sections), read(path))
+    for section in sections:
+        getattr(experiment, section)
+    return experiment
 
 
 def check(path: str | Path = FILE) -> list[str]:
@@ -191,91 +321,84 @@ def check(path: str | Path = FILE) -> list[str]:
     Raises:
         UserError: the first problem, in one line.
     """
-    top = read(path)
-    values = load(
-        "env", "tasks", "behavior", "rollouts", "dataset", "relabel", "algorithms", "meta_train", "evaluate",
-        "report", path=path,
+    x = load(
+        "repository", "env", "env_config", "tasks", "shards", "seed", "behavior", "rollouts", "dataset", "relabel",
+        "pairs", "algorithms", "meta_train", "seeds", "evaluate", "report", path=path,
     )  # fmt: skip
-    family, dataset = values.family, values.dataset
-    if family.capacity is not None and values.tasks.total > family.capacity:
+    for section in _CHECKS:
+        section(x)
+    return _names(x)
+
+
+def _check_tasks(x: Experiment) -> None:
+    if x.family.capacity is not None and x.tasks.total > x.family.capacity:
         raise UserError(
-            f"{path}: tasks.train + tasks.test = {values.tasks.train} + {values.tasks.test}: expected at most "
-            f"{family.capacity}, the number of tasks '{top.env}' has"
+            f"{x.path}: tasks.train + tasks.test = {x.tasks.train} + {x.tasks.test}: expected at most "
+            f"{x.family.capacity}, the number of tasks '{x.env}' has"
         )
-    _check_shards(top.shards, values.tasks, path)
-    if values.rollouts.source == "replay" and not values.behavior.keep_replay:
-        raise UserError(f"{path}: rollouts.source = replay: expected behavior.keep_replay = true, which keeps it")
-    _check_script(values, path)
-    levels = importlib.import_module("omrl.data.quality")
-    levels.check_levels(
-        dataset.levels,
-        *_rolled_out(values.rollouts, values.behavior),
-        dataset.transitions_per_task,
-        where=f"{path}: dataset",
-    )
-    saved = values.behavior.checkpoint_steps()
-    rolled_out = values.rollouts.checkpoint_steps(saved)
-    levels.check_names(dataset.levels, rolled_out, saved, values.rollouts.source, where=f"{path}: dataset")
-    section = "behavior" if values.rollouts.source == "replay" else "rollouts"
-    horizon = getattr(values, section).horizon
-    if horizon < family.horizon:
-        raise UserError(
-            f"{path}: {section}.horizon = {horizon}: expected at least {family.horizon}, the steps of "
-            f"a test episode of '{top.env}', over which returns are normalized"
-        )
-    for name, entry in values.relabel.items():
-        key = f"{path}: relabel.{name}"
-        if name in dataset.levels:
-            raise UserError(f"{key}: the name is taken by dataset.levels.{name}")
-        if entry.source not in dataset.levels:
-            options = suggest(entry.source, dataset.levels)
-            raise UserError(f"{key}.source = '{entry.source}': not one of dataset.levels; {options}")
-        family.relabelled(entry.env_config, key)
-    known = [*dataset.levels, *values.relabel]
-    for key, chosen in (("train", dataset.train), ("test", dataset.test)):
-        for name in chosen:
-            if name not in known:
-                raise UserError(f"{path}: dataset.{key} has '{name}': no such dataset; {suggest(name, known)}")
-        if len(set(chosen)) != len(chosen):
-            raise UserError(f"{path}: dataset.{key} = {list(chosen)}: expected each dataset once")
-    if values.evaluate.protocol == "ood-checkpoint":
-        key = f"{path}: evaluate.protocol = 'ood-checkpoint'"
-        if family.varies != "reward":
+
+
+def _check_shards(x: Experiment) -> None:
+    """Raise unless the shards cover tasks 0..total-1 exactly once."""
+    path, total = x.path, x.tasks.total
+    ranges: list[tuple[int, int, str]] = []
+    for name, bounds in x.shards.items():
+        if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1]:
             raise UserError(
-                f"{key}: tasks of '{top.env}' differ in their dynamics, so other tasks' transitions cannot be this "
-                "task's context; expected another protocol"
+                f"{path}: shards.{name} = {shown(bounds)}: expected [first, last], two task indices, both included"
             )
-        if merged := [name for name in dataset.test if name in values.relabel]:
-            raise UserError(f"{key}: dataset.test has '{merged[0]}', where all tasks share one set; expected levels")
-        if values.tasks.train < 2:
-            raise UserError(f"{key}: tasks.train = {values.tasks.train}: expected 2 or more")
-    if len(set(top.seeds)) != len(top.seeds):
-        raise UserError(f"{path}: seeds = {top.seeds}: expected each seed once")
-    if not top.algorithms:
-        raise UserError(f"{path}: algorithms: expected at least one of {', '.join(registry.names('omrl.algorithms'))}")
-    for name, entry in values.algorithms.items():
-        module = registry.load("omrl.algorithms", entry.module(name), "algorithm")
-        config = parse(module.CONFIG, entry.overrides, f"{path}: algorithms.{name}")
-        if wrong := module.ALGORITHM.check(config, values.tasks.train, values.meta_train.steps):
-            raise UserError(f"{path}: algorithms.{name}.{wrong}")
-    return [f"{stage}@{cell}" for stage, names in _cell_names(top, dataset).items() for cell in names]
+        ranges.append((bounds[0], bounds[1], name))
+    if not ranges:
+        raise UserError(f"{path}: shards: expected ranges of task indices that cover 0..{total - 1}")
+    ranges.sort()
+    expected, previous = 0, ""
+    for first, last, name in ranges:
+        if first < expected:
+            raise UserError(
+                f"{path}: shards.{name} = [{first}, {last}] overlaps shards.{previous}: expected every task once"
+            )
+        if first > expected:
+            gap = f"task {expected}" if first == expected + 1 else f"tasks {expected}..{first - 1}"
+            raise UserError(f"{path}: shards leave out {gap}: expected 0..{total - 1} covered exactly once")
+        expected, previous = last + 1, name
+    if expected < total:
+        raise UserError(
+            f"{path}: shards leave out tasks {expected}..{total - 1}: expected all of tasks.train + "
+            f"tasks.test = {total} covered"
+        )
+    if expected > total:
+        raise UserError(
+            f"{path}: shards.{previous} ends at task {expected - 1}, but tasks.train + tasks.test = {total}: "
+            f"expected the last index to be {total - 1}"
+        )
 
 
-def _check_script(values: Any, path: str | Path) -> None:
-    """Raise unless behavior and rollouts agree on whether a script acts, and the family has one."""
-    engine, source = values.behavior.engine, values.rollouts.source
+def _check_rollouts(x: Experiment) -> None:
+    from omrl.behavior.scripted import Scripted
+
+    engine, source = x.behavior.engine, x.rollouts.source
+    if source == "replay" and not x.behavior.keep_replay:
+        raise UserError(f"{x.path}: rollouts.source = replay: expected behavior.keep_replay = true, which keeps it")
     if (engine == "scripted") != (source == "scripted"):
         expected = "rollouts.source = scripted" if engine == "scripted" else "behavior.engine = scripted"
-        raise UserError(f"{path}: behavior.engine = {engine} with rollouts.source = {source}: expected {expected}, too")
-    scripted = importlib.import_module("omrl.behavior.scripted").Scripted
-    if source == "scripted" and not isinstance(values.family, scripted):
         raise UserError(
-            f"{path}: rollouts.source = scripted: '{values.family.name}' has no script; expected checkpoints or replay"
+            f"{x.path}: behavior.engine = {engine} with rollouts.source = {source}: expected {expected}, too"
+        )
+    if source == "scripted" and not isinstance(x.family, Scripted):
+        raise UserError(
+            f"{x.path}: rollouts.source = scripted: '{x.env}' has no script; expected checkpoints or replay"
+        )
+    steps, sampled, deterministic = _rolled_out(x)
+    if len(steps) * (sampled + deterministic) > _MOST_STEPS:
+        raise UserError(
+            f"{x.path}: rollouts: {len(steps)} checkpoints with {sampled + deterministic} steps each: expected at most "
+            f"{_MOST_STEPS} steps of a task together"
         )
 
 
-def _rolled_out(rollouts: Any, behavior: Any) -> tuple[list[int], int, int]:
+def _rolled_out(x: Experiment) -> tuple[list[int], int, int]:
     """Return the checkpoints with rows, and the most rows of one with sampled and with mean actions."""
+    rollouts, behavior = x.rollouts, x.behavior
     steps = rollouts.checkpoint_steps(behavior.checkpoint_steps())
     if rollouts.source == "replay":
         return steps[:-1], behavior.checkpoint_every + behavior.horizon, 0
@@ -286,66 +409,139 @@ def _rolled_out(rollouts: Any, behavior: Any) -> tuple[list[int], int, int]:
     )
 
 
-def _check_shards(shards: dict[str, list[int]], tasks: TasksConfig, path: str | Path) -> None:
-    """Raise unless the shards cover tasks 0..total-1 exactly once."""
-    ranges: list[tuple[int, int, str]] = []
-    for name, bounds in shards.items():
-        if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1]:
-            raise UserError(
-                f"{path}: shards.{name} = {bounds}: expected [first, last], two task indices, both included"
-            )
-        ranges.append((bounds[0], bounds[1], name))
-    if not ranges:
-        raise UserError(f"{path}: shards: expected ranges of task indices that cover 0..{tasks.total - 1}")
-    ranges.sort()
-    expected, previous = 0, ""
-    for first, last, name in ranges:
-        if first < expected:
-            raise UserError(
-                f"{path}: shards.{name} = [{first}, {last}] overlaps shards.{previous}: expected every task once"
-            )
-        if first > expected:
-            gap = f"task {expected}" if first == expected + 1 else f"tasks {expected}..{first - 1}"
-            raise UserError(f"{path}: shards leave out {gap}: expected 0..{tasks.total - 1} covered exactly once")
-        expected, previous = last + 1, name
-    if expected < tasks.total:
+def _check_levels(x: Experiment) -> None:
+    from omrl.data.quality import check_levels, check_names
+
+    levels, where = x.dataset.levels, f"{x.path}: dataset"
+    check_levels(levels, *_rolled_out(x), x.dataset.transitions_per_task, where=where)
+    saved = x.behavior.checkpoint_steps()
+    check_names(levels, x.rollouts.checkpoint_steps(saved), saved, x.rollouts.source, where=where)
+
+
+def _check_horizon(x: Experiment) -> None:
+    section = "behavior" if x.rollouts.source == "replay" else "rollouts"
+    horizon = x.behavior.horizon if section == "behavior" else x.rollouts.horizon
+    if horizon < x.family.horizon:
         raise UserError(
-            f"{path}: shards leave out tasks {expected}..{tasks.total - 1}: expected all of tasks.train + "
-            f"tasks.test = {tasks.total} covered"
-        )
-    if expected > tasks.total:
-        raise UserError(
-            f"{path}: shards.{previous} ends at task {expected - 1}, but tasks.train + tasks.test = {tasks.total}: "
-            f"expected the last index to be {tasks.total - 1}"
+            f"{x.path}: {section}.horizon = {horizon}: expected at least {x.family.horizon}, the steps of "
+            f"a test episode of '{x.env}', over which returns are normalized"
         )
 
 
-def cells(path: str | Path = FILE) -> dict[str, Any]:
+def _check_relabel(x: Experiment) -> None:
+    for name, entry in x.relabel.items():
+        key = f"{x.path}: relabel.{name}"
+        if name in x.dataset.levels:
+            raise UserError(f"{key}: the name is taken by dataset.levels.{name}")
+        if entry.source not in x.dataset.levels:
+            options = suggest(entry.source, x.dataset.levels)
+            raise UserError(f"{key}.source = {shown(entry.source)}: not one of dataset.levels; {options}")
+        x.family.relabelled(entry.env_config, key)
+
+
+def _check_pairs(x: Experiment) -> None:
+    known = [*x.dataset.levels, *x.relabel]
+    for name, pair in x.pairs.items():
+        key = f"{x.path}: pairs.{name}"
+        if name in known:
+            raise UserError(f"{key}: the name is taken by another dataset")
+        for role, source in (("transitions", pair.transitions), ("context", pair.context)):
+            if source not in known:
+                raise UserError(f"{key}.{role} = {shown(source)}: no such dataset; {suggest(source, known)}")
+
+
+def _check_datasets(x: Experiment) -> None:
+    single = [*x.dataset.levels, *x.relabel]
+    for key, chosen, known in (("train", x.dataset.train, [*single, *x.pairs]), ("test", x.dataset.test, single)):
+        for name in chosen:
+            if name not in known:
+                options = suggest(name, known)
+                raise UserError(f"{x.path}: dataset.{key} has {shown(name)}: no such dataset; {options}")
+        if len(set(chosen)) != len(chosen):
+            raise UserError(f"{x.path}: dataset.{key} = {shown(chosen)}: expected each dataset once")
+
+
+def _check_evaluate(x: Experiment) -> None:
+    if x.evaluate.protocol != "ood-checkpoint":
+        return
+    key = f"{x.path}: evaluate.protocol = 'ood-checkpoint'"
+    if x.family.varies != "reward":
+        raise UserError(
+            f"{key}: tasks of '{x.env}' differ in their dynamics, so other tasks' transitions cannot be this "
+            "task's context; expected another protocol"
+        )
+    if merged := [name for name in x.dataset.test if name in x.relabel]:
+        raise UserError(f"{key}: dataset.test has '{merged[0]}', where all tasks share one set; expected levels")
+    if x.tasks.train < 2:
+        raise UserError(f"{key}: tasks.train = {x.tasks.train}: expected 2 or more")
+
+
+def _check_seeds(x: Experiment) -> None:
+    if len(set(x.seeds)) != len(x.seeds):
+        raise UserError(f"{x.path}: seeds = {shown(x.seeds)}: expected each seed once")
+
+
+def _check_algorithms(x: Experiment) -> None:
+    from omrl.learning.train import spec_of
+
+    if not x.algorithms:
+        known = ", ".join(registry.names("omrl.algorithms"))
+        raise UserError(f"{x.path}: algorithms: expected at least one of {known}")
+    for name, entry in x.algorithms.items():
+        module = registry.load("omrl.algorithms", entry.file, "algorithm")
+        config = parse(module.CONFIG, entry.overrides, f"{x.path}: algorithms.{name}")
+        if wrong := module.ALGORITHM.check(config, spec_of(x.family, x.tasks.train), x.meta_train.steps):
+            raise UserError(f"{x.path}: algorithms.{name}.{wrong}")
+        if x.evaluate.protocol not in module.ALGORITHM.PROTOCOLS:
+            served = ", ".join(sorted(module.ALGORITHM.PROTOCOLS))
+            raise UserError(
+                f"{x.path}: evaluate.protocol = '{x.evaluate.protocol}': algorithm '{name}' cannot serve it; it serves "
+                f"{served}"
+            )
+
+
+def _check_cells(x: Experiment) -> None:
+    models = len(x.algorithms) * len(x.dataset.train) * len(x.seeds)
+    count = 2 * len(x.shards) + len(x.dataset.levels) + len(x.relabel) + len(x.pairs) + models * (1 + len(x.dataset.test))
+    if count > MOST_CELLS:
+        raise UserError(f"{x.path}: asks for {count} cells: expected at most {MOST_CELLS}; use fewer seeds or datasets")
+
+
+_CHECKS: tuple[Callable[[Experiment], None], ...] = (
+    _check_tasks, _check_shards, _check_rollouts, _check_levels, _check_horizon, _check_relabel, _check_pairs,
+    _check_datasets,
+    _check_evaluate, _check_seeds, _check_algorithms, _check_cells,
+)  # fmt: skip
+
+
+def cells(path: str | Path = FILE) -> Cells:
     """Return what params.yaml asks for: evaluations, models, datasets and shards, in the file's order."""
-    top = read(path)
-    dataset = _section(top, "dataset", path)
+    return _cells(load("shards", "dataset", "relabel", "pairs", "algorithms", "seeds", path=path))
+
+
+def _cells(x: Experiment) -> Cells:
     models = [
-        {"algorithm": algorithm, "train": train, "seed": seed}
-        for algorithm in top.algorithms
-        for train in dataset.train
-        for seed in top.seeds
+        Model(algorithm=algorithm, train=train, seed=seed)
+        for algorithm in x.algorithms
+        for train in x.dataset.train
+        for seed in x.seeds
     ]
-    return {
-        "shards": top.shards,
-        "datasets": [*dataset.levels, *top.relabel],
-        "models": models,
-        "evaluations": [{**model, "test": test} for model in models for test in dataset.test],
-    }
+    return Cells(
+        shards=x.shards,
+        datasets=[*x.dataset.levels, *x.relabel, *x.pairs],
+        models=models,
+        evaluations=[Evaluation(**model, test=test) for model in models for test in x.dataset.test],
+    )
 
 
-def _cell_names(top: _Top, dataset: Any) -> dict[str, list[str]]:
-    models = [f"{a}-{d}-{s}" for a in top.algorithms for d in dataset.train for s in top.seeds]
-    tests = [f"{a}-{d}-{t}-{s}" for a in top.algorithms for d in dataset.train for t in dataset.test for s in top.seeds]
-    return {
-        "behavior": list(top.shards),
-        "rollouts": list(top.shards),
-        "dataset": list(dataset.levels),
-        "relabel": list(top.relabel),
-        "meta_train": models,
-        "evaluate": tests,
-    }
+def _names(x: Experiment) -> list[str]:
+    """Return the names that DVC gives the cells."""
+    models = [(a, train, str(seed)) for a in x.algorithms for train in x.dataset.train for seed in x.seeds]
+    return [
+        *(f"{stage}@{shard}" for stage in ("behavior", "rollouts") for shard in x.shards),
+        *(f"dataset@{name}" for name in x.dataset.levels),
+        *(f"relabel@{name}" for name in x.relabel),
+        *(f"pair@{name}" for name in x.pairs),
+        *(f"meta_train@{a}-{train}-{seed}" for a, train, seed in models),
+        *(f"evaluate@{a}-{train}-{test}-{seed}" for a, train, seed in models for test in x.dataset.test),
+    ]

@@ -6,6 +6,7 @@ import importlib
 import sys
 
 from omrl.behavior.base import build_shard
+from omrl.core import layout
 from omrl.core.errors import run
 from omrl.experiment import load
 
@@ -23,11 +24,11 @@ def main() -> None:
         config=params.behavior,
         seed=params.seed,
         code=[
-            "data/code/stages/behavior.json",
-            f"data/code/engines/{engine}.json",
-            f"data/code/envs/{params.env}.json",
+            layout.code("stages", "behavior"),
+            layout.code("engines", engine),
+            layout.code("envs", params.env),
         ],
-        target=f"data/behavior/{shard}",
+        target=layout.behavior(shard),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from omrl.behavior.base import ENGINES
-from omrl.core import registry
+from omrl.core import layout, registry
 from omrl.core.errors import UserError, run
 from omrl.core.files import atomic_dir, write_json
 from omrl.experiment import load
@@ -21,7 +21,7 @@ def main() -> None:
             f"params.yaml: repository = {params.repository!r}: the installed package is not the one in that "
             "folder; run 'pip install -e .' in the repository, or correct the path"
         )
-    with atomic_dir("data/code") as folder:
+    with atomic_dir(layout.CODE) as folder:
         for name in registry.names("stages"):
             module = name.replace("-", "_")
             write_json(folder / "stages" / f"{module}.json", fingerprint(f"stages.{module}"))
@@ -30,8 +30,8 @@ def main() -> None:
         for name in ENGINES:
             write_json(folder / "engines" / f"{name}.json", fingerprint(f"omrl.behavior.{name}"))
         for name, entry in params.algorithms.items():
-            module = entry.module(name).replace("-", "_")
-            write_json(folder / "algorithms" / f"{name}.json", fingerprint(f"omrl.algorithms.{module}"))
+            module = registry.module_name("omrl.algorithms", entry.file)
+            write_json(folder / "algorithms" / f"{name}.json", fingerprint(module))
 
 
 if __name__ == "__main__":

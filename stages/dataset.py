@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from omrl.core import layout
 from omrl.core.errors import run
 from omrl.core.files import read_json
 from omrl.data.build import build_level
@@ -20,9 +21,9 @@ def main() -> None:
         rows=params.dataset.transitions_per_task,
         family=params.family,
         seed=params.seed,
-        shards=read_json("data/plan/shards.json")["shards"],
-        code=["data/code/stages/dataset.json", f"data/code/envs/{params.env}.json"],
-        target=f"data/datasets/{name}",
+        shards=read_json(layout.SHARDS)["shards"],
+        code=[layout.code("stages", "dataset"), layout.code("envs", params.env)],
+        target=layout.datasets(name),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from omrl.core import layout
 from omrl.core.errors import run
 from omrl.evaluation.evaluate import build_evaluation
 from omrl.experiment import load
@@ -19,13 +20,15 @@ def main() -> None:
         test=test,
         seed=int(seed),
         config=params.evaluate,
+        settings=params.protocol,
         family=params.family,
+        model=layout.models(name, train, int(seed)),
         code=[
-            "data/code/stages/evaluate.json",
-            f"data/code/algorithms/{name}.json",
-            f"data/code/envs/{params.env}.json",
+            layout.code("stages", "evaluate"),
+            layout.code("algorithms", name),
+            layout.code("envs", params.env),
         ],
-        target=f"data/evaluations/{name}/{train}/{test}/{seed}",
+        target=layout.evaluations(name, train, test, int(seed)),
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from omrl.algorithms.base import Sizes
+from omrl.core import layout
 from omrl.core.errors import run
+from omrl.data.pairs import sources
 from omrl.experiment import load
-from omrl.learning.train import build_model
+from omrl.learning.train import build_model, spec_of
 
 
 def main() -> None:
@@ -17,18 +18,20 @@ def main() -> None:
     family, entry = params.family, params.algorithms[name]
     build_model(
         name=name,
-        module=entry.module(name),
+        module=entry.file,
         overrides=entry.overrides,
+        sources=sources(layout.datasets(dataset)),
         dataset=dataset,
         seed=int(seed),
         config=params.meta_train,
-        sizes=Sizes(family.observation_size, family.action_size, family.context_next_observation),
+        spec=spec_of(family),
+        inference=family.inference_reward,
         code=[
-            "data/code/stages/meta_train.json",
-            f"data/code/algorithms/{name}.json",
-            f"data/code/envs/{params.env}.json",
+            layout.code("stages", "meta_train"),
+            layout.code("algorithms", name),
+            layout.code("envs", params.env),
         ],
-        target=f"data/models/{name}/{dataset}/{seed}",
+        target=layout.models(name, dataset, int(seed)),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from omrl.core import layout
 from omrl.core.errors import run
 from omrl.core.files import write_json
 from omrl.experiment import cells, check
@@ -32,16 +33,12 @@ def main() -> None:
     """Write data/plan/shards.json and data/plan/cells.json; prune."""
     check()
     plan = cells()
-    data = Path("data")
-    prune(data / "behavior", {data / "behavior" / shard for shard in plan["shards"]})
-    prune(data / "rollouts", {data / "rollouts" / shard for shard in plan["shards"]})
-    prune(data / "datasets", {data / "datasets" / name for name in plan["datasets"]})
-    evaluations = {
-        data / "evaluations" / c["algorithm"] / c["train"] / c["test"] / str(c["seed"]) for c in plan["evaluations"]
-    }
-    prune(data / "evaluations", evaluations)
-    write_json(data / "plan" / "shards.json", {"shards": plan["shards"]})
-    write_json(data / "plan" / "cells.json", plan)
+    prune(layout.DATA / "behavior", {layout.behavior(shard) for shard in plan["shards"]})
+    prune(layout.DATA / "rollouts", {layout.rollouts(shard) for shard in plan["shards"]})
+    prune(layout.DATA / "datasets", {layout.datasets(name) for name in plan["datasets"]})
+    prune(layout.DATA / "evaluations", {layout.evaluations(**cell) for cell in plan["evaluations"]})
+    write_json(layout.SHARDS, {"shards": plan["shards"]})
+    write_json(layout.CELLS, plan)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from omrl.core import layout
 from omrl.core.errors import run
 from omrl.data.build import build_relabelled
 from omrl.experiment import load
@@ -19,8 +20,8 @@ def main() -> None:
         rows=params.dataset.transitions_per_task,
         family=params.family,
         seed=params.seed,
-        code=["data/code/stages/relabel.json", f"data/code/envs/{params.env}.json"],
-        target=f"data/datasets/{name}",
+        code=[layout.code("stages", "relabel"), layout.code("envs", params.env)],
+        target=layout.datasets(name),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from omrl.behavior.rollouts import build_shard
+from omrl.core import layout
 from omrl.core.errors import run
 from omrl.experiment import load
 
@@ -19,8 +20,8 @@ def main() -> None:
         env_config=params.env_config,
         config=params.rollouts,
         seed=params.seed,
-        code=["data/code/stages/rollouts.json", f"data/code/envs/{params.env}.json"],
-        target=f"data/rollouts/{shard}",
+        code=[layout.code("stages", "rollouts"), layout.code("envs", params.env)],
+        target=layout.rollouts(shard),
     )
 
 

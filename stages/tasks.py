@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from omrl.core import layout
 from omrl.core.errors import run
 from omrl.core.files import atomic_dir, write_json
 from omrl.experiment import load
@@ -16,7 +17,7 @@ def main() -> None:
     family = params.family
     head = {"env": params.env, "spec": family.spec(), "seed": params.tasks.seed}
     tasks = family.tasks(params.tasks.train, params.tasks.test, params.tasks.seed)
-    with atomic_dir("data/tasks") as folder:
+    with atomic_dir(layout.TASKS.parent) as folder:
         rows = [
             {
                 "index": index,
@@ -28,10 +29,10 @@ def main() -> None:
             for index, task in enumerate(tasks)
         ]
         split = {part: [row["index"] for row in rows if row["split"] == part] for part in ("train", "test")}
-        write_json(folder / "all.json", {**head, **split, "tasks": rows})
+        write_json(folder / layout.TASKS.name, {**head, **split, "tasks": rows})
         for shard, (first, last) in params.shards.items():
             members = [{"index": i, "parameters": tasks[i]} for i in range(first, last + 1)]
-            write_json(folder / f"{shard}.json", {**head, "tasks": members})
+            write_json(folder / layout.tasks(shard).name, {**head, "tasks": members})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from omrl.core import layout
+
 ROOT = Path(__file__).resolve().parents[1]
 # ground floor first; a floor imports only floors below it, or its own
 FLOORS = [
@@ -101,6 +103,32 @@ def test_every_stage_has_a_description_and_depends_on_its_fingerprint(stage):
         assert f"data/code/stages/{stage}.json" in body["deps"]
     assert body["cmd"].startswith(f"python -m stages.{stage}")
     assert "wdir" not in body
+
+
+@pytest.mark.parametrize(
+    ("stage", "path"),
+    [
+        ("behavior", layout.behavior("${item.shard}")),
+        ("rollouts", layout.rollouts("${item.shard}")),
+        ("dataset", layout.datasets("${item.level}")),
+        ("relabel", layout.datasets("${key}")),
+        ("meta_train", layout.models("${item.algorithm}", "${item.dataset}", "${item.seed}")),
+        ("evaluate", layout.evaluations("${item.algorithm}", "${item.train}", "${item.test}", "${item.seed}")),
+        ("code", layout.CODE),
+        ("tasks", layout.TASKS.parent),
+    ],
+)
+def test_the_graph_has_the_layout_of_the_code(stage, path):
+    body = graph()[stage]
+    assert {**body, **body.get("do", {})}["outs"] == [path.as_posix()]
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"omrl.core.layout"}))
+def test_only_one_module_spells_paths_below_data(module):
+    if module.startswith("omrl.provenance"):  # reads what any version wrote, by the paths in dvc.lock
+        return
+    texts = [n.value for n in ast.walk(ast.parse(MODULES[module].read_text())) if isinstance(n, ast.Constant)]
+    assert not [t for t in texts if isinstance(t, str) and re.match(r"data/\w[^\n]*$", t)]
 
 
 def test_every_pipeline_has_the_same_graph_text_and_no_links():

@@ -12,7 +12,7 @@ import yaml
 
 from omrl import experiment as params
 from omrl.core.errors import UserError
-from omrl.core.yaml12 import Loader
+from omrl.core.yamlfile import Loader
 from omrl.provenance.lineage import trace
 from omrl.provenance.lockfile import Pipeline, find_pipeline, listing, md5_of, md5_of_listing
 from omrl.provenance.verify import verify
@@ -56,9 +56,9 @@ def made(tmp_path):
 
 
 def test_yaml_is_read_as_dvc_writes_it(tmp_path):
-    text = "{a: 1e-5, b: on, c: yes, d: 12:30, e: true, f: 010, g: .5, h: 2, i: -1.5e3, j: null, k: 2001-01-01}"
+    text = "{a: 1e-5, b: on, c: yes, d: 12:30, e: true, f: 0o10, g: .5, h: 2, i: -1.5e3, j: null, k: 2001-01-01}"
     assert yaml.load(text, Loader=Loader) == {
-        "a": 1e-5, "b": "on", "c": "yes", "d": "12:30", "e": True, "f": "010", "g": 0.5, "h": 2, "i": -1500.0,
+        "a": 1e-5, "b": "on", "c": "yes", "d": "12:30", "e": True, "f": 8, "g": 0.5, "h": 2, "i": -1500.0,
         "j": None, "k": "2001-01-01",
     }  # fmt: skip
     values = (ROOT / "pipelines/smoke/params.yaml").read_text().replace("../..", str(ROOT))

@@ -75,18 +75,18 @@ class BcConfig(Config):
     """
 
     latent_dim: Annotated[int, Field(ge=1, le=1024)] = 20
-    encoder_width: Annotated[int, Field(ge=1)] = 200
-    encoder_depth: Annotated[int, Field(ge=1)] = 3
+    encoder_width: Annotated[int, Field(ge=1, le=4096)] = 200
+    encoder_depth: Annotated[int, Field(ge=1, le=16)] = 3
     encoder_rate: Annotated[float, Field(gt=0)] = 3e-4
     encoder_loss: Literal["cloning", "metric"] = "cloning"
     metric_weight: Annotated[float, Field(gt=0)] = 10.0
-    width: Annotated[int, Field(ge=1)] = 256
-    depth: Annotated[int, Field(ge=1)] = 3
+    width: Annotated[int, Field(ge=1, le=4096)] = 256
+    depth: Annotated[int, Field(ge=1, le=16)] = 3
     actor_rate: Annotated[float, Field(gt=0)] = 3e-4
     likelihood: Literal["gaussian", "mse"] = "mse"
-    meta_batch: Annotated[int, Field(ge=2)] = 16
-    rl_batch: Annotated[int, Field(ge=1)] = 256
-    context_batch: Annotated[int, Field(ge=1)] = 1024
+    meta_batch: Annotated[int, Field(ge=2, le=1024)] = 16
+    rl_batch: Annotated[int, Field(ge=1, le=16384)] = 256
+    context_batch: Annotated[int, Field(ge=1, le=16384)] = 1024
 
 
 def cloning_loss(mean: Tensor, log_std: Tensor, action: Tensor, likelihood: str) -> Tensor:

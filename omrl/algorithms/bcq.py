@@ -95,26 +95,26 @@ class BcqConfig(Config):
     """
 
     latent_dim: Annotated[int, Field(ge=1, le=1024)] = 20
-    encoder_width: Annotated[int, Field(ge=1)] = 200
-    encoder_depth: Annotated[int, Field(ge=1)] = 3
+    encoder_width: Annotated[int, Field(ge=1, le=4096)] = 200
+    encoder_depth: Annotated[int, Field(ge=1, le=16)] = 3
     encoder_rate: Annotated[float, Field(gt=0)] = 3e-4
     encoder_by_vae: bool = True
-    width: Annotated[int, Field(ge=1)] = 256
-    depth: Annotated[int, Field(ge=1)] = 3
+    width: Annotated[int, Field(ge=1, le=4096)] = 256
+    depth: Annotated[int, Field(ge=1, le=16)] = 3
     rate: Annotated[float, Field(gt=0)] = 3e-4
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.99
     reward_scale: Annotated[float, Field(gt=0)] = 1.0
     tau: Annotated[float, Field(gt=0, le=1)] = 0.005
     soft_min: Annotated[float, Field(ge=0, le=1)] = 0.75
-    candidates: Annotated[int, Field(ge=1)] = 10
+    candidates: Annotated[int, Field(ge=1, le=1000)] = 10
     perturbation: Annotated[float, Field(ge=0, le=2)] = 0.05
-    vae_latent: Annotated[int, Field(ge=1)] = 2
+    vae_latent: Annotated[int, Field(ge=1, le=1024)] = 2
     vae_clip: Annotated[float, Field(gt=0)] = 0.5
     kl_weight: Annotated[float, Field(ge=0)] = 0.5
     vae_first: bool = True
-    meta_batch: Annotated[int, Field(ge=2)] = 16
-    rl_batch: Annotated[int, Field(ge=1)] = 128
-    context_batch: Annotated[int, Field(ge=1)] = 128
+    meta_batch: Annotated[int, Field(ge=2, le=1024)] = 16
+    rl_batch: Annotated[int, Field(ge=1, le=16384)] = 128
+    context_batch: Annotated[int, Field(ge=1, le=16384)] = 128
 
 
 def soft_minimum(q: Tensor, weight: float) -> Tensor:

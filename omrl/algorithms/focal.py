@@ -83,8 +83,8 @@ class FocalConfig(ActorCriticConfig):
     """
 
     latent_dim: Annotated[int, Field(ge=1, le=1024)] = 20
-    encoder_width: Annotated[int, Field(ge=1)] = 200
-    encoder_depth: Annotated[int, Field(ge=1)] = 3
+    encoder_width: Annotated[int, Field(ge=1, le=4096)] = 200
+    encoder_depth: Annotated[int, Field(ge=1, le=16)] = 3
     encoder_rate: Annotated[float, Field(gt=0)] = 3e-4
     encoder: Literal["deterministic", "probabilistic"] = "deterministic"
     probabilistic_metric: bool = True
@@ -96,9 +96,9 @@ class FocalConfig(ActorCriticConfig):
     metric_beta: Annotated[float, Field(gt=0)] | None = None
     metric_eps: Annotated[float, Field(gt=0)] = 0.1
     metric_weight: Annotated[float, Field(ge=0)] = 10.0
-    meta_batch: Annotated[int, Field(ge=2)] = 16
-    rl_batch: Annotated[int, Field(ge=1)] = 256
-    context_batch: Annotated[int, Field(ge=1)] = 1024
+    meta_batch: Annotated[int, Field(ge=2, le=1024)] = 16
+    rl_batch: Annotated[int, Field(ge=1, le=16384)] = 256
+    context_batch: Annotated[int, Field(ge=1, le=16384)] = 1024
     context_is_rl_batch: bool = False
 
 

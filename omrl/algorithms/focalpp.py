@@ -60,20 +60,20 @@ class FocalppConfig(FocalConfig):
     """
 
     latent_dim: Annotated[int, Field(ge=1, le=1024)] = 5
-    encoder_width: Annotated[int, Field(ge=1)] = 256
+    encoder_width: Annotated[int, Field(ge=1, le=4096)] = 256
     encoder_rate: Annotated[float, Field(gt=0)] = 1e-3
     actor_rate: Annotated[float, Field(gt=0)] = 1e-3
     critic_rate: Annotated[float, Field(gt=0)] = 1e-3
     metric_weight: Annotated[float, Field(ge=0)] = 1.0
-    context_batch: Annotated[int, Field(ge=1)] = 512
+    context_batch: Annotated[int, Field(ge=1, le=16384)] = 512
     attention: Literal["both", "batch", "sequence", "none"] = "both"
     gate: Literal["weights", "features-and-weights"] = "weights"
     loss: Literal["contrastive", "metric"] = "contrastive"
     tokens: Literal["entries", "row"] = "entries"
-    hidden: Annotated[int, Field(ge=1)] = 128
-    blocks: Annotated[int, Field(ge=1)] = 3
-    heads: Annotated[int, Field(ge=1)] = 8
-    reduction: Annotated[int, Field(ge=1)] = 16
+    hidden: Annotated[int, Field(ge=1, le=4096)] = 128
+    blocks: Annotated[int, Field(ge=1, le=16)] = 3
+    heads: Annotated[int, Field(ge=1, le=256)] = 8
+    reduction: Annotated[int, Field(ge=1, le=4096)] = 16
     temperature: Annotated[float, Field(gt=0)] = 0.5
     momentum: Annotated[float, Field(ge=0, le=1)] = 0.9
 

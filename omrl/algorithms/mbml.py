@@ -108,23 +108,23 @@ class MbmlConfig(Config):
         rl_batch, context_batch: transitions per drawn task.
     """
 
-    tasks: Annotated[int, Field(ge=2)]
-    bcq_steps: Annotated[int, Field(ge=0)] = 5000
+    tasks: Annotated[int, Field(ge=2, le=10_000)]
+    bcq_steps: Annotated[int, Field(ge=0, le=10**8)] = 5000
     latent_dim: Annotated[int, Field(ge=1, le=1024)] = 20
-    encoder_width: Annotated[int, Field(ge=1)] = 200
-    encoder_depth: Annotated[int, Field(ge=1)] = 3
-    width: Annotated[int, Field(ge=1)] = 256
-    depth: Annotated[int, Field(ge=1)] = 3
-    ensemble: Annotated[int, Field(ge=2)] = 5
-    ensemble_width: Annotated[int, Field(ge=1)] = 128
+    encoder_width: Annotated[int, Field(ge=1, le=4096)] = 200
+    encoder_depth: Annotated[int, Field(ge=1, le=16)] = 3
+    width: Annotated[int, Field(ge=1, le=4096)] = 256
+    depth: Annotated[int, Field(ge=1, le=16)] = 3
+    ensemble: Annotated[int, Field(ge=2, le=100)] = 5
+    ensemble_width: Annotated[int, Field(ge=1, le=4096)] = 128
     rate: Annotated[float, Field(gt=0)] = 3e-4
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.99
     reward_scale: Annotated[float, Field(gt=0)] = 1.0
     tau: Annotated[float, Field(gt=0, le=1)] = 0.005
     soft_min: Annotated[float, Field(ge=0, le=1)] = 0.75
-    candidates: Annotated[int, Field(ge=1)] = 10
+    candidates: Annotated[int, Field(ge=1, le=1000)] = 10
     perturbation: Annotated[float, Field(ge=0, le=2)] = 0.05
-    vae_latent: Annotated[int, Field(ge=1)] = 2
+    vae_latent: Annotated[int, Field(ge=1, le=1024)] = 2
     vae_clip: Annotated[float, Field(gt=0)] = 0.5
     vae_kl: Annotated[float, Field(ge=0)] = 0.5
     vae_first: bool = True
@@ -132,9 +132,9 @@ class MbmlConfig(Config):
     next_threshold: Annotated[float, Field(gt=0)] = 0.2
     margin: Annotated[float, Field(ge=0)] = 2.0
     kl_weight: Annotated[float, Field(ge=0)] = 0.1
-    meta_batch: Annotated[int, Field(ge=2)] = 16
-    rl_batch: Annotated[int, Field(ge=1)] = 128
-    context_batch: Annotated[int, Field(ge=1)] = 64
+    meta_batch: Annotated[int, Field(ge=2, le=1024)] = 16
+    rl_batch: Annotated[int, Field(ge=1, le=16384)] = 128
+    context_batch: Annotated[int, Field(ge=1, le=16384)] = 64
 
 
 def of_tasks(stack: Mlp, x: Tensor, places: Tensor) -> Tensor:

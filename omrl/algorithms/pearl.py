@@ -75,8 +75,8 @@ class PearlConfig(FocalConfig):
     coupled: bool = True
     kl_weight: Annotated[float, Field(ge=0)] = 0.1
     prior_std: Annotated[float, Field(gt=0)] = 1.0
-    width: Annotated[int, Field(ge=1)] = 300
-    context_batch: Annotated[int, Field(ge=1)] = 256
+    width: Annotated[int, Field(ge=1, le=4096)] = 300
+    context_batch: Annotated[int, Field(ge=1, le=16384)] = 256
     log_std_max: Annotated[float, Field(gt=-20)] = 2.0
 
     @model_validator(mode="after")

@@ -80,8 +80,8 @@ class UnicornConfig(FocalConfig):
     latent_dim: Annotated[int, Field(ge=1, le=1024)] = 5
     metric_weight: Annotated[float, Field(ge=0)] = 1.0
     reconstruction_weight: Annotated[float, Field(ge=0)] = 1.0
-    decoder_width: Annotated[int, Field(ge=1)] = 200
-    decoder_depth: Annotated[int, Field(ge=1)] = 3
+    decoder_width: Annotated[int, Field(ge=1, le=4096)] = 200
+    decoder_depth: Annotated[int, Field(ge=1, le=16)] = 3
     decoder_rate: Annotated[float, Field(gt=0)] = 3e-4
 
     @model_validator(mode="after")

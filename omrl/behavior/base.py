@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, field_validator, model_validator
 
-from omrl.core import seeding
+from omrl.core import layout, seeding
 from omrl.core.config import Config
 from omrl.core.files import atomic_dir, canonical, input_hashes, read_json, scratch, write_manifest
 
@@ -44,12 +44,12 @@ class SacConfig(Config):
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 128
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.9
     tau: Annotated[float, Field(gt=0, le=1)] = 0.005
-    learning_starts: Annotated[int, Field(ge=0)] = 200
+    learning_starts: Annotated[int, Field(ge=0, le=10**8)] = 200
     ent_coef: str | float = "auto_0.1"
-    net_arch: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [64, 64]
-    buffer_size: Annotated[int, Field(ge=1)] | None = None
-    train_freq: Annotated[int, Field(ge=1)] = 1
-    gradient_steps: Annotated[int, Field(ge=1)] = 1
+    net_arch: Annotated[list[Annotated[int, Field(ge=1, le=4096)]], Field(min_length=1, max_length=16)] = [64, 64]
+    buffer_size: Annotated[int, Field(ge=1, le=10**7)] | None = None
+    train_freq: Annotated[int, Field(ge=1, le=10**6)] = 1
+    gradient_steps: Annotated[int, Field(ge=1, le=10_000)] = 1
 
     def temperature(self) -> tuple[float, bool]:
         """Return the initial temperature and whether it is learned."""
@@ -91,9 +91,9 @@ class BehaviorConfig(Config):
     """
 
     engine: Literal["sb3", "batched", "scripted"] = "batched"
-    total_steps: Annotated[int, Field(ge=1, le=10**8)] = 2000
-    checkpoint_every: Annotated[int, Field(ge=1)] = 250
-    horizon: Annotated[int, Field(ge=1)] = 200
+    total_steps: Annotated[int, Field(ge=1, le=10**7)] = 2000
+    checkpoint_every: Annotated[int, Field(ge=1, le=10**8)] = 250
+    horizon: Annotated[int, Field(ge=1, le=100_000)] = 200
     keep_replay: bool = False
     matmul: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
@@ -109,6 +109,11 @@ class BehaviorConfig(Config):
             raise ValueError(
                 f"total_steps = {self.total_steps} is not a multiple of checkpoint_every = {self.checkpoint_every}: "
                 "expected the last step on the checkpoint grid"
+            )
+        if self.total_steps // self.checkpoint_every > 10_000:
+            raise ValueError(
+                f"total_steps = {self.total_steps} with checkpoint_every = {self.checkpoint_every}: expected at most "
+                "10,000 checkpoints"
             )
         if self.sac.learning_starts >= self.total_steps:
             raise ValueError(
@@ -223,7 +228,7 @@ def build_shard(
     env_config: dict[str, Any],
     config: BehaviorConfig,
     seed: int,
-    code: list[str],
+    code: Sequence[str | Path],
     target: str | Path,
 ) -> None:
     """Train the behavior policies of a shard and publish them as one folder.
@@ -242,7 +247,7 @@ def build_shard(
         code: fingerprint files this training depends on.
         target: ``data/behavior/<shard>``.
     """
-    tasks_file = f"data/tasks/{shard}.json"
+    tasks_file = layout.tasks(shard)
     tasks = read_json(tasks_file)["tasks"]
     resolved = config.resolved()
     key = {

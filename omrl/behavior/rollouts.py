@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from omrl.behavior.base import SCRIPT, SCRIPT_STEPS, checkpoint_name, replay_name, task_folder
-from omrl.core import seeding
+from omrl.core import layout, seeding
 from omrl.core.config import Config
 from omrl.core.errors import UserError
 from omrl.core.files import atomic_dir, input_hashes, read_json, scratch, sha256, write_manifest
@@ -54,7 +54,7 @@ class RolloutsConfig(Config):
     """
 
     source: Literal["checkpoints", "replay", "scripted"] = "checkpoints"
-    steps: Literal["all"] | list[int] = "all"
+    steps: Literal["all"] | list[Annotated[int, Field(ge=0, le=10**8)]] = "all"
     episodes_per_checkpoint: Annotated[int, Field(ge=1, le=100_000)] = 50
     deterministic_episodes: Annotated[int, Field(ge=0, le=100_000)] = 1
     horizon: Annotated[int, Field(ge=1, le=100_000)] = 200
@@ -351,7 +351,7 @@ def build_shard(
     env_config: dict[str, Any],
     config: RolloutsConfig,
     seed: int,
-    code: list[str],
+    code: Sequence[str | Path],
     target: str | Path,
 ) -> None:
     """Roll out the checkpoints of a shard and publish them as one folder; resumable task by task.
@@ -368,7 +368,7 @@ def build_shard(
     Raises:
         UserError: a checkpoint is missing or damaged.
     """
-    tasks_file, behavior = f"data/tasks/{shard}.json", Path("data/behavior") / shard
+    tasks_file, behavior = layout.tasks(shard), layout.behavior(shard)
     tasks = read_json(tasks_file)["tasks"]
     inputs = input_hashes(tasks_file, behavior, *code)
     steps, run_seeds = _inputs(behavior, [t["index"] for t in tasks], config)

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from omrl.core.errors import UserError, suggest
+from omrl.core.errors import UserError, shown, suggest
 
 
 class Config(pydantic.BaseModel):
@@ -58,7 +58,7 @@ def parse(model: type[C], values: Any, where: str) -> C:
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise UserError(f"{where} = {values!r}: expected a mapping of keys to values")
+        raise UserError(f"{where} = {shown(values)}: expected a mapping of keys to values")
     try:
         return model.model_validate(values)
     except pydantic.ValidationError as error:
@@ -78,14 +78,18 @@ def _message(model: type[pydantic.BaseModel], error: pydantic.ValidationError, w
     same = [d for d in details if d["loc"][:1] == first["loc"][:1] and d["type"] != "extra_forbidden"]
     expected = " or ".join(dict.fromkeys(_expected(d) for d in same))
     if first["type"] == "value_error":
-        value = f" = {first['input']!r}" if not isinstance(first["input"], dict) else ""
+        value = f" = {shown(first['input'])}" if not isinstance(first["input"], dict) else ""
         return f"{key}{value}: {expected}"
-    return f"{key} = {first['input']!r}: expected {expected}"
+    return f"{key} = {shown(first['input'])}: expected {shown(expected, 160, quote=False)}"
 
 
 def join(where: str, location: tuple[int | str, ...]) -> str:
     """Return ``where`` extended by the keys of ``location``: ``"params.yaml: behavior" + ("sac", "tau")``."""
-    keys = [str(part) for part in location if not str(part).startswith(("constrained-", "function-", "literal["))]
+    keys = [
+        shown(part, 60, quote=False)
+        for part in location
+        if not str(part).startswith(("constrained-", "function-", "literal["))
+    ]
     if not keys:
         return where
     separator = " " if where.endswith(":") else "."
@@ -94,7 +98,7 @@ def join(where: str, location: tuple[int | str, ...]) -> str:
 
 def _expected(detail: Any) -> str:
     if detail["type"] == "value_error":
-        return str(detail["ctx"]["error"])
+        return shown(detail["ctx"]["error"], 200, quote=False)
     text = str(detail["msg"])
     for prefix in ("Input should be ", "Value error, "):
         text = text.removeprefix(prefix)

@@ -6,6 +6,7 @@ import ctypes
 import difflib
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -21,21 +22,50 @@ class UserError(Exception):
     """
 
 
+def printable(text: str) -> str:
+    """Return ``text`` with escapes in the place of control, bidirectional and surrogate characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object, limit: int = 80, *, quote: bool = True) -> str:
+    """Return ``repr(value)`` (or plain text) for a message: nothing unprintable, at most ``limit`` characters."""
+    try:
+        text = repr(value) if quote else str(value)
+    except (ValueError, RecursionError):  # an integer of more than 4,300 digits, a structure too deep
+        return f"<{type(value).__name__}>"
+    text = printable(text)
+    return text if len(text) <= limit else f"{text[: limit - 20]}... ({len(text)} characters)"
+
+
+def _ratio(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def _alike(name: str, option: str) -> float:
+    """Return how alike two names are, in 0..1: half as wholes, half word by word ('encoder_lr' is a kind of rate)."""
+    words, others = re.split(r"[-_.]", name), re.split(r"[-_.]", option)
+    best = [max(_ratio(a, b) for b in others) for a in words] + [max(_ratio(a, b) for a in words) for b in others]
+    return (_ratio(name, option) + sum(best) / (2 * max(len(words), len(others)))) / 2
+
+
 def suggest(name: object, options: Iterable[str]) -> str:
     """Return ``"did you mean 'x'? available: a, b"`` for a name that is not among ``options``.
 
-    A long list is left out when there is something near.
+    A long list is left out when there is something near, and cut off else.
     """
-    known = sorted(options)
-    near = difflib.get_close_matches(str(name), known, n=1)
+    known, wanted = sorted(options), str(name)[:100]
+    near = max(known, key=lambda option: (_alike(wanted, option), option), default=None)
+    if near is not None and max(_alike(wanted, near), _ratio(wanted, near)) < 0.6:
+        near = None
     if near and len(known) > 12:
-        return f"did you mean '{near[0]}'?"
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"{hint}available: {', '.join(known) if known else 'none'}"
+        return f"did you mean '{near}'?"
+    hint = f"did you mean '{near}'? " if near else ""
+    available = ", ".join(known) if known else "none"
+    return f"{hint}available: {available if len(available) <= 120 else available[:120].rpartition(',')[0] + ', ...'}"
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
 def die_with_parent(parent: int | None = None) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from omrl.core import layout
 from omrl.core.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -220,7 +221,7 @@ def scratch(stage: str, key_parts: Any, packages: tuple[str, ...]) -> Iterator[P
         UserError: another process is at the same work.
     """
     text = canonical([key_parts, package_versions(*packages)])
-    folder = Path("data") / ".scratch" / stage / hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder = layout.scratch(stage) / hashlib.sha256(text.encode()).hexdigest()[:16]
     lock = folder.with_suffix(".lock")
     with alone(lock):
         folder.mkdir(parents=True, exist_ok=True)

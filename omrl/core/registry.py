@@ -24,7 +24,7 @@ def names(package: str) -> list[str]:
     return sorted(name.replace("_", "-") for name in found if not name.startswith("_") and name != "base")
 
 
-def load(package: str, name: str, what: str = "name", needs: tuple[str, ...] = ()) -> ModuleType:
+def load(package: str, name: str, what: str = "name", needs: tuple[str, ...] = (), where: str = "") -> ModuleType:
     """Import the module called ``name`` in ``package``, or somebody else's module ``package.module``.
 
     Args:
@@ -32,13 +32,14 @@ def load(package: str, name: str, what: str = "name", needs: tuple[str, ...] = (
         name: a file name there; with a dot in it, the dotted name of a module anywhere on the path.
         what: it is, for messages.
         needs: attributes that a module from outside must have.
+        where: prefix of messages about such a module.
 
     Raises:
         UserError: there is none (the message lists those that exist and suggests the nearest), its import fails, or
             it lacks an attribute.
     """
     if "." in name:
-        return _outside(name, what, needs)
+        return _outside(name, what, needs, where)
     known = names(package)
     if name not in known:
         raise UserError(f"unknown {what} '{name}': {suggest(name, known)}")
@@ -50,16 +51,16 @@ def module_name(package: str, name: str) -> str:
     return name if "." in name else f"{package}.{name.replace('-', '_')}"
 
 
-def _outside(name: str, what: str, needs: tuple[str, ...]) -> ModuleType:
+def _outside(name: str, what: str, needs: tuple[str, ...], where: str) -> ModuleType:
     if not all(part.isidentifier() for part in name.split(".")):
-        raise UserError(f"{what} '{name}': expected a name of ours, or a module such as my_package.my_method")
+        raise UserError(f"{where}{what} '{name}': expected a name of ours, or a module such as my_package.my_method")
     if str(Path.cwd()) not in sys.path:  # an experiment's own folder, where params.yaml is
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(name)
     except Exception as error:  # whatever it runs on import may raise anything
-        raise UserError(f"{what} '{name}': its import fails: {type(error).__name__}: {error}") from None
+        raise UserError(f"{where}{what} '{name}': its import fails: {type(error).__name__}: {error}") from None
     for attribute in needs:
         if not hasattr(module, attribute):
-            raise UserError(f"{what} '{name}': {module.__file__} lacks {attribute}; expected {', '.join(needs)}")
+            raise UserError(f"{where}{what} '{name}': {module.__file__} lacks {attribute}; expected {', '.join(needs)}")
     return module

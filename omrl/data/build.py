@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omrl.behavior.rollouts import EPISODES
+from omrl.core import layout
 from omrl.core.files import atomic_dir, input_hashes, read_json, read_manifest, sha256, write_json, write_manifest
 from omrl.core.progress import Progress
 from omrl.data import quality, relabel
@@ -51,7 +52,7 @@ def build_level(
     family: Family,
     seed: int,
     shards: dict[str, list[int]],
-    code: Sequence[str],
+    code: Sequence[str | Path],
     target: str | Path,
 ) -> None:
     """Cut one quality level from the rollouts of all shards.
@@ -69,12 +70,12 @@ def build_level(
     Raises:
         UserError: the rollouts cannot give this level, or a file is damaged.
     """
-    rows_of = {row["index"]: row for row in read_json("data/tasks/all.json")["tasks"]}
-    sources = [f"data/rollouts/{shard}" for shard in shards]
+    rows_of = {row["index"]: row for row in read_json(layout.TASKS)["tasks"]}
+    sources = [layout.rollouts(shard) for shard in shards]
     card = CardBuilder(name, "level", level.resolved())
     with atomic_dir(target) as folder, Progress(len(rows_of), f"dataset {name}", "tasks") as progress:
         for shard, (first, last) in shards.items():
-            source = Path("data/rollouts") / shard
+            source = layout.rollouts(shard)
             names = [task_file(task) for task in range(first, last + 1)]
             paths = verified(source, [*names, EPISODES])
             episodes = from_table(read_table(paths[-1]))
@@ -88,7 +89,7 @@ def build_level(
         _publish(
             folder,
             kind="dataset",
-            inputs=input_hashes("data/tasks/all.json", *sources, *code),
+            inputs=input_hashes(layout.TASKS, *sources, *code),
             parameters={"name": name, "level": level.resolved(), "transitions_per_task": rows, "seed": seed},
             tasks=sorted(rows_of),
             rows=rows,
@@ -141,7 +142,7 @@ def build_relabelled(
     rows: int,
     family: Family,
     seed: int,
-    code: Sequence[str],
+    code: Sequence[str | Path],
     target: str | Path,
 ) -> None:
     """Build one relabelled set from a quality level.
@@ -159,7 +160,7 @@ def build_relabelled(
         UserError: tasks differ in their dynamics, the source is too small or damaged.
     """
     own = family.relabelled(config.env_config, f"params.yaml: relabel.{name}")
-    tasks = read_json("data/tasks/all.json")["tasks"]
+    tasks = read_json(layout.TASKS)["tasks"]
     merged, checkpoints = _merged(config, rows, family, seed, tasks)
     card = CardBuilder(name, "relabelled", config.resolved())
     with atomic_dir(target) as folder, Progress(len(tasks), f"relabel {name}", "tasks") as progress:
@@ -177,7 +178,7 @@ def build_relabelled(
         _publish(
             folder,
             kind="relabelled",
-            inputs=input_hashes("data/tasks/all.json", f"data/datasets/{config.source}", *code),
+            inputs=input_hashes(layout.TASKS, layout.datasets(config.source), *code),
             parameters={
                 "name": name,
                 "relabel": config.resolved(),

@@ -33,7 +33,7 @@ class LevelConfig(Config):
         deterministic: also take episodes with mean actions.
     """
 
-    steps: Literal["first", "last", "all"] | list[int] | None = None
+    steps: Literal["first", "last", "all"] | list[Annotated[int, Field(ge=0, le=10**8)]] | None = None
     nearest: Annotated[float, Field(ge=0, le=1)] | None = None
     band: list[float] | None = None
     part: list[float] | None = None
@@ -79,17 +79,17 @@ class DatasetConfig(Config):
         levels: name -> definition; a name of ``NAMES`` has the definition there.
     """
 
-    train: Annotated[list[str], Field(min_length=1)]
-    test: Annotated[list[str], Field(min_length=1)]
-    transitions_per_task: Annotated[int, Field(ge=1)] = 10000
+    train: Annotated[list[str], Field(min_length=1, max_length=1000)]
+    test: Annotated[list[str], Field(min_length=1, max_length=1000)]
+    transitions_per_task: Annotated[int, Field(ge=1, le=10**7)] = 10000
     levels: dict[str, LevelConfig]
 
     @field_validator("levels")
     @classmethod
     def _some(cls, value: dict[str, LevelConfig]) -> dict[str, LevelConfig]:
         for name, level in value.items():
-            if not name.replace("-", "").isalnum() or name != name.lower():
-                raise ValueError(f"{name!r} names a folder, use lower-case letters, digits and '-'")
+            if not name.replace("-", "").isalnum() or name != name.lower() or len(name) > 64:
+                raise ValueError(f"{name!r} names a folder, use lower-case letters, digits and '-', at most 64")
             if level != NAMES.get(name, level):
                 raise ValueError(
                     f"{name!r} is {{{NAMES[name].brief()}}} in every pipeline, not {{{level.brief()}}}; expected "

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from omrl.algorithms.base import load_model, load_tensors
 from omrl.behavior.simulate import Episodes
-from omrl.core import registry
+from omrl.core import layout, registry
 from omrl.core.config import Config, parse
 from omrl.core.errors import UserError, suggest
 from omrl.core.files import atomic_dir, input_hashes, read_json, write_json, write_manifest
@@ -52,9 +52,9 @@ class EvaluateConfig(Config):
     """
 
     protocol: str = "offline-context"
-    embedding_context: Annotated[int, Field(ge=1, le=10**6)] = 256
-    embedding_resamples: Annotated[int, Field(ge=2, le=10_000)] = 8
-    sparsity_ratios: list[Annotated[float, Field(ge=0, le=1)]] = []
+    embedding_context: Annotated[int, Field(ge=1, le=65536)] = 256
+    embedding_resamples: Annotated[int, Field(ge=2, le=1000)] = 8
+    sparsity_ratios: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(max_length=1000)] = []
     trajectories: Annotated[int, Field(ge=0, le=10_000)] = 6
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=1, le=256)] = 1
@@ -91,7 +91,7 @@ def build_evaluation(
     settings: ProtocolConfig,
     family: Family,
     model: str | Path,
-    code: Sequence[str],
+    code: Sequence[str | Path],
     target: str | Path,
 ) -> None:
     """Evaluate one model with the contexts of one test dataset and publish the folder.
@@ -111,9 +111,9 @@ def build_evaluation(
         UserError: model or dataset is missing or damaged.
     """
     torch.set_num_threads(config.threads)
-    model, data = Path(model), Path("data/datasets") / test
-    inputs = input_hashes("data/tasks/all.json", model, data, *code)
-    tasks = read_json("data/tasks/all.json")["tasks"]
+    model, data = Path(model), layout.datasets(test)
+    inputs = input_hashes(layout.TASKS, model, data, *code)
+    tasks = read_json(layout.TASKS)["tasks"]
     algorithm = load_model(model, config.device)
     buffers = TaskData.load(data, [t["index"] for t in tasks], family.inference_reward)
     if own := algorithm.columns(buffers):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omrl.algorithms.base import CONFIG as MODEL_CONFIG
 from omrl.algorithms.base import MODEL, Algorithm, Phase, Spec, create, save_model
-from omrl.core import seeding
+from omrl.core import layout, seeding
 from omrl.core.allocator import keep_memory
 from omrl.core.config import Config
 from omrl.core.errors import UserError
@@ -51,8 +51,8 @@ class MetaTrainConfig(Config):
     """
 
     steps: Annotated[int, Field(ge=1, le=10**8)] = 2000
-    log_every: Annotated[int, Field(ge=1)] = 100
-    checkpoint_every: Annotated[int, Field(ge=1)] = 500
+    log_every: Annotated[int, Field(ge=1, le=10**8)] = 100
+    checkpoint_every: Annotated[int, Field(ge=1, le=10**8)] = 500
     keep: Annotated[int, Field(ge=0, le=1000)] = 0
     optimizers: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -235,7 +235,7 @@ def load_data(
 ) -> dict[str, TaskData]:
     """Return the datasets of a training, ``transitions`` and ``context``, which is absent where they are one."""
     return {
-        role: TaskData.load(f"data/datasets/{name}", tasks, inference, time_limit_terminal)
+        role: TaskData.load(layout.datasets(name), tasks, inference, time_limit_terminal)
         for role, name in sources.items()
     }
 
@@ -257,7 +257,7 @@ def build_model(
     config: MetaTrainConfig,
     spec: Spec,
     inference: Literal["dense", "sparse"],
-    code: Sequence[str],
+    code: Sequence[str | Path],
     target: str | Path,
 ) -> None:
     """Meta-train one cell and publish its folder; a killed run goes on where it was.
@@ -278,8 +278,8 @@ def build_model(
     Raises:
         UserError: a dataset file is missing or damaged, or training diverged.
     """
-    tasks = read_json("data/tasks/all.json")["train"]
-    inputs = input_hashes("data/tasks/all.json", *(f"data/datasets/{x}" for x in sources.values()), *code)
+    tasks = read_json(layout.TASKS)["train"]
+    inputs = input_hashes(layout.TASKS, *(layout.datasets(x) for x in sources.values()), *code)
     own_seed = seeding.integer(seed, "meta_train")
     spec = replace(spec, tasks=len(tasks))
     algorithm = create(module, overrides, spec, own_seed, config.device, f"params.yaml: algorithms.{name}")

@@ -102,7 +102,7 @@ class RegularizationConfig(Config):
     kernel: Literal["laplacian", "gaussian"] = "laplacian"
     sigma: Annotated[float, Field(gt=0)] = 10.0
     samples: Annotated[int, Field(ge=1, le=1000)] = 5
-    discriminator_steps: Annotated[int, Field(ge=1)] = 3
+    discriminator_steps: Annotated[int, Field(ge=1, le=1000)] = 3
     discriminator_rate: Annotated[float, Field(gt=0)] = 1e-4
     penalty: Literal["value", "gradient"] = "value"
     penalty_weight: Annotated[float, Field(ge=0)] = 5.0
@@ -172,8 +172,8 @@ class ActorCriticConfig(Config):
         regularization: keeps the policy near the data.
     """
 
-    width: Annotated[int, Field(ge=1)] = 256
-    depth: Annotated[int, Field(ge=1)] = 3
+    width: Annotated[int, Field(ge=1, le=4096)] = 256
+    depth: Annotated[int, Field(ge=1, le=16)] = 3
     actor_rate: Annotated[float, Field(gt=0)] = 3e-4
     critic_rate: Annotated[float, Field(gt=0)] = 3e-4
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.9

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from omrl.core.errors import UserError
-from omrl.core.yaml12 import Loader
+from omrl.core.yamlfile import Loader
 
 LOCK = "dvc.lock"
 _IGNORED = ("__pycache__", ".scratch", ".gitignore")

@@ -10,6 +10,7 @@ import pandas as pd
 
 from omrl import __version__
 from omrl.behavior.base import PROGRESS, SCRIPT, task_folder
+from omrl.core import layout
 from omrl.core.errors import UserError
 from omrl.core.files import MANIFEST, atomic_dir, input_hash, read_json, read_manifest, write_json, write_text
 from omrl.envs.base import Family
@@ -57,7 +58,7 @@ def lineage(evaluations: list[tables.Evaluation]) -> dict[str, Any]:
 
 def _progress(shards: dict[str, list[int]]) -> dict[int, pd.DataFrame]:
     return {
-        task: pd.read_csv(Path("data/behavior") / shard / task_folder(task) / PROGRESS)
+        task: pd.read_csv(layout.behavior(shard) / task_folder(task) / PROGRESS)
         for shard, (first, last) in shards.items()
         for task in range(first, last + 1)
     }
@@ -179,13 +180,13 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
         UserError: something the plan names is missing or damaged.
     """
     target = Path(target)
-    plan, everything = read_json("data/plan/cells.json"), read_json("data/tasks/all.json")
+    plan, everything = read_json(layout.CELLS), read_json(layout.TASKS)
     tasks = everything["tasks"]
     evaluations = tables.load_evaluations(plan["evaluations"])
-    cards = {name: read_json(Path("data/datasets") / name / "card.json") for name in plan["datasets"]}
+    cards = {name: read_json(layout.datasets(name) / "card.json") for name in plan["datasets"]}
     progress = _progress(plan["shards"])
     shard, (first, _) = next(iter(plan["shards"].items()))
-    scripted = (Path("data/behavior") / shard / task_folder(first) / SCRIPT).is_file()
+    scripted = (layout.behavior(shard) / task_folder(first) / SCRIPT).is_file()
     rows = tables.table_rows(evaluations, config)
     references = tables.reference_rows(family, tasks, progress, "script" if scripted else "single-task SAC")
     behavior = tables.behavior_rows(cards)
@@ -225,10 +226,8 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
             "seed": e.seed,
             "mean": next(r for r in rows if r.cell == e.cell).seed_means[e.seed],
             "evaluation": by_folder[e.folder.as_posix()]["manifest"],
-            "model": by_folder[e.folder.as_posix()]["inputs"][f"data/models/{e.algorithm}/{e.train}/{e.seed}"],
-            "data": by_folder[f"data/datasets/{e.train}"]["manifest"]
-            if f"data/datasets/{e.train}" in by_folder
-            else "",
+            "model": by_folder[e.folder.as_posix()]["inputs"][layout.models(e.algorithm, e.train, e.seed).as_posix()],
+            "data": by_folder.get(layout.datasets(e.train).as_posix(), {}).get("manifest", ""),
         }
         for e in evaluations
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from omrl.core import seeding
+from omrl.core import layout, seeding
 from omrl.core.files import read_json
 from omrl.data.parquet import read_table, verified
 from omrl.envs.base import Family
@@ -51,7 +51,7 @@ class Evaluation:
 
 def evaluation_folder(entry: dict[str, Any]) -> Path:
     """Return the folder of a planned evaluation."""
-    return Path("data/evaluations") / entry["algorithm"] / entry["train"] / entry["test"] / str(entry["seed"])
+    return layout.evaluations(entry["algorithm"], entry["train"], entry["test"], entry["seed"])
 
 
 def load_evaluations(planned: list[dict[str, Any]]) -> list[Evaluation]:
