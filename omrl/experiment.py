@@ -502,7 +502,8 @@ def _check_algorithms(x: Experiment) -> None:
 
 def _check_cells(x: Experiment) -> None:
     models = len(x.algorithms) * len(x.dataset.train) * len(x.seeds)
-    count = 2 * len(x.shards) + len(x.dataset.levels) + len(x.relabel) + len(x.pairs) + models * (1 + len(x.dataset.test))
+    sets = len(x.dataset.levels) + len(x.relabel) + len(x.pairs)
+    count = 2 * len(x.shards) + sets + models * (1 + len(x.dataset.test))
     if count > MOST_CELLS:
         raise UserError(f"{x.path}: asks for {count} cells: expected at most {MOST_CELLS}; use fewer seeds or datasets")
 

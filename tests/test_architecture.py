@@ -17,7 +17,7 @@ FLOORS = [
     r"omrl\.core(\..*)?",
     r"omrl\.provenance\.fingerprint",
     r"omrl\.envs(\..*)?",
-    r"omrl\.data\.(schema|parquet|quality|relabel|cards|taskdata)",
+    r"omrl\.data\.(schema|parquet|quality|relabel|cards|taskdata|pairs)",
     r"omrl\.nets(\..*)?",
     r"omrl\.(behavior|algorithms)(\..*)?",
     r"omrl\.data(\.build)?",

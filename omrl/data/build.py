@@ -196,7 +196,7 @@ def _merged(
 ) -> tuple[Columns, dict[str, dict[str, str]]]:
     """Return the merged transitions of a set, and source task -> checkpoint -> hash."""
     sources = [t["index"] for t in tasks if config.tasks == "all" or t["split"] == "train"]
-    folder = Path("data/datasets") / config.source
+    folder = layout.datasets(config.source)
     paths = verified(folder, [task_file(task) for task in sources])
     files = read_manifest(folder)["files"]
     merged = relabel.merge(
