@@ -109,7 +109,7 @@ def test_the_cells_are_those_of_the_graph():
         ("meta_train/steps", 0, r"meta_train\.steps = 0: expected greater than or equal to 1"),
         ("seeds", [], r"seeds = \[\]: expected"),
         ("seeds", [0, 0], r"seeds = \[0, 0\]: expected each seed once"),
-        ("evaluate/protocol", "offline", r"evaluate\.protocol = 'offline': no such protocol; did you mean 'offline-context'"),
+        ("evaluate/protocol", "offline", r"protocol = 'offline': no such protocol; did you mean 'offline-context'"),
         ("report/bootstrap_samples", "lots", r"report\.bootstrap_samples = 'lots': expected a valid integer"),
     ],
 )  # fmt: skip
