@@ -67,12 +67,12 @@ class Drawn:
     """A sampler with its phase."""
 
     def __init__(
-        self, meta_batch: int, context: int, rows: int, seed: int = 0, tasks: int = 3, shape_rows: int = 50
+        self, meta_batch: int, context: int, rows: int, seed: int = 0, tasks: int = 3, of: int = 50
     ) -> None:
         draws = {"transitions": Draw(rows), "context": Draw(context), "more0": Draw(rows), "more1": Draw(rows)}
         self.phase, self.sampler = (
             Phase("training", 1, meta_batch, draws),
-            Sampler(marked(tasks, shape_rows), seed, CPU),
+            Sampler(marked(tasks, of), seed, CPU),
         )
 
     def draw(self) -> dict[str, Experience]:
