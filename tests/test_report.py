@@ -56,7 +56,8 @@ def folder(tmp_path, monkeypatch) -> Path:
             f"data/datasets/{name}/card.json",
             {
                 "name": name, "definition": {"steps": [100], "band": None}, "rows": 60, "rows_per_task": 10,
-                "episodes": 6, "checkpoints": {"100": checkpoint}, "nonsparse_share": 0.5, "normalized_return": 0.7, "reward": {"mean": -0.1},
+                "episodes": 6, "checkpoints": {"100": checkpoint}, "nonsparse_share": 0.5,
+                "normalized_return": 0.7, "reward": {"mean": -0.1},
                 "return_histogram": {"edges": [0.0, 5.0, 10.0], "counts": [2, 4]},
             },
         )  # fmt: skip
