@@ -98,7 +98,7 @@ def test_the_gate_scales_features_only_where_it_shall(kind):
         for block in (plain, scaled):
             block.gate.excite.weight.copy_(torch.randn(4, 16, generator=source(2)))
     (one, weights), (two, others) = plain(x), scaled(x)
-    assert float(weights.std()) > 0.01
+    assert weights.std().item() > 0.01
     torch.testing.assert_close(weights, others)
     torch.testing.assert_close(one, x)
     torch.testing.assert_close(two, x * weights[..., None, None])

@@ -25,13 +25,13 @@ from omrl.report.tables import Evaluation, drop, load_evaluations, table_rows
 
 FAMILY = load_family("sparse-point-robot")
 CONFIG = ReportConfig(bootstrap_samples=100, published="focal-table-6")
-LEVELS = ("expert", "random")
+LEVELS = ("step-4800", "step-2200")
 
 
 def value(algorithm: str, train: str, test: str, seed: int, task: int) -> float:
     if algorithm == "focalpp":
         return 9.0 + 5.0 * (task == 4)
-    return {"expert": 10.0, "random": 2.0}[train] - (3.0 if train != test else 0.0) + 0.1 * seed + 0.02 * task
+    return {"step-4800": 10.0, "step-2200": 2.0}[train] - (3.0 if train != test else 0.0) + 0.1 * seed + 0.02 * task
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     write_json("data/tasks/all.json", {"train": [0, 1, 2, 3], "test": [4, 5], "tasks": tasks})
     evaluations = [
         {"algorithm": "focal", "train": a, "test": b, "seed": s} for a in LEVELS for b in LEVELS for s in (0, 1)
-    ] + [{"algorithm": "focalpp", "train": "expert", "test": "expert", "seed": 0}]
+    ] + [{"algorithm": "focalpp", "train": "step-4800", "test": "step-4800", "seed": 0}]
     write_json("data/plan/cells.json", {"evaluations": evaluations, "datasets": LEVELS, "shards": {"all": [0, 5]}})
     for i in range(6):
         write_text(f"data/behavior/all/task={i:03d}/progress.csv", f"step,return\n0,0\n100,{5 + i}\n")
@@ -56,7 +56,8 @@ def folder(tmp_path, monkeypatch) -> Path:
             f"data/datasets/{name}/card.json",
             {
                 "name": name, "definition": {"steps": [100], "band": None}, "rows": 60, "rows_per_task": 10,
-                "episodes": 6, "checkpoints": {"100": checkpoint}, "nonsparse_share": 0.5, "reward": {"mean": -0.1},
+                "episodes": 6, "checkpoints": {"100": checkpoint}, "nonsparse_share": 0.5,
+                "normalized_return": 0.7, "reward": {"mean": -0.1},
                 "return_histogram": {"edges": [0.0, 5.0, 10.0], "counts": [2, 4]},
             },
         )  # fmt: skip
@@ -150,8 +151,8 @@ def test_results_hold_the_counted_episodes_of_test_tasks(folder):
 
 def test_metrics_are_means_over_tasks_and_seeds(folder):
     metrics = json.loads((build(folder) / "metrics.json").read_text())
-    cell = metrics["focal"]["expert"]["random"]
-    expected = np.mean([value("focal", "expert", "random", s, t) for s in (0, 1) for t in (4, 5)])
+    cell = metrics["focal"]["step-4800"]["step-2200"]
+    expected = np.mean([value("focal", "step-4800", "step-2200", s, t) for s in (0, 1) for t in (4, 5)])
     assert cell["mean"] == pytest.approx(expected)
     assert cell["ci_low"] <= cell["mean"] <= cell["ci_high"]
     assert cell["n"] == 4
@@ -159,9 +160,13 @@ def test_metrics_are_means_over_tasks_and_seeds(folder):
     assert metrics["reference"] == {"oracle": 13.0, "single-task SAC": 9.5, "random": 0.0}
 
 
+def test_the_page_says_what_a_level_reaches(folder):
+    assert "steps [100], normalized return 0.70" in (build(folder) / "index.html").read_text()
+
+
 def test_the_table_has_published_numbers_drops_and_references(folder):
     text = (build(folder) / "results.md").read_text()
-    row = next(line for line in text.splitlines() if line.startswith("| focal | expert | random"))
+    row = next(line for line in text.splitlines() if line.startswith("| focal | step-4800 | step-2200"))
     assert [part.strip() for part in row.split("|")][8:12] == ["3.00", "", "4.00", "4.43"]
     assert row.endswith("| +2.71 |")
     assert "| *oracle* |" in text
@@ -171,13 +176,15 @@ def test_the_table_has_published_numbers_drops_and_references(folder):
 
 def test_rivals_are_compared_on_the_same_tasks_and_unsupported_differences_marked(folder):
     build(folder)
-    rows = [line for line in (folder / "reports/results.md").read_text().splitlines() if "expert | expert" in line]
+    rows = [
+        line for line in (folder / "reports/results.md").read_text().splitlines() if "step-4800 | step-4800" in line
+    ]
     # focal: 10.08, 10.10 and 0.1 more with seed 1; focalpp: 14 and 9 on the same two tasks
     assert rows[0].startswith("| focal |")
     assert rows[0].count(" ~ |") == 1
     assert "| best |" in rows[1]
     found = json.loads((folder / "reports/metrics.json").read_text())
-    behind = found["focal"]["expert"]["expert"]["behind_best"]
+    behind = found["focal"]["step-4800"]["step-4800"]["behind_best"]
     assert behind["mean"] == pytest.approx(10.14 - 11.5)
     assert behind["low"] == pytest.approx(10.08 - 14, abs=0.11)
     assert behind["high"] == pytest.approx(10.2 - 9, abs=0.11)
@@ -186,11 +193,11 @@ def test_rivals_are_compared_on_the_same_tasks_and_unsupported_differences_marke
 def test_diagnostics_of_the_papers_are_in_the_metrics(folder):
     build(folder)
     found = json.loads((folder / "reports/metrics.json").read_text())
-    plus = found["focalpp"]["expert"]["expert"]
+    plus = found["focalpp"]["step-4800"]["step-4800"]
     assert (plus["attention_auc"], plus["weight_rewarded"], plus["sparsity_threshold"]) == (0.9, 1.5, 0.6)
     assert (plus["q_mean_last"], plus["q_mean_largest"]) == (4.0, 8.0)
     assert "restated" not in plus
-    assert found["focal"]["expert"]["expert"]["restated"] == 4.0
+    assert found["focal"]["step-4800"]["step-4800"]["restated"] == 4.0
     page = (folder / "reports/index.html").read_text()
     for title in ("Attention of the context encoder", "Embedding variance against sparsity", "as Eq. 35"):
         assert title in page
@@ -214,11 +221,15 @@ def test_the_page_needs_nothing_else_and_shows_every_picture(folder):
 
 def test_lineage_names_every_folder_behind_every_number(folder):
     lineage = json.loads((build(folder) / "lineage.json").read_text())
-    assert lineage["numbers"]["focal/expert/random"]["1"] == "data/evaluations/focal/expert/random/1"
-    evaluation = lineage["folders"]["data/evaluations/focal/expert/random/1"]
-    assert set(evaluation["inputs"]) == {"data/models/focal/expert/1", "data/datasets/random", "data/tasks/all.json"}
-    assert lineage["folders"]["data/models/focal/expert/1"]["inputs"] == {
-        "data/datasets/expert": lineage["folders"]["data/datasets/expert"]["manifest"]
+    assert lineage["numbers"]["focal/step-4800/step-2200"]["1"] == "data/evaluations/focal/step-4800/step-2200/1"
+    evaluation = lineage["folders"]["data/evaluations/focal/step-4800/step-2200/1"]
+    assert set(evaluation["inputs"]) == {
+        "data/models/focal/step-4800/1",
+        "data/datasets/step-2200",
+        "data/tasks/all.json",
+    }
+    assert lineage["folders"]["data/models/focal/step-4800/1"]["inputs"] == {
+        "data/datasets/step-4800": lineage["folders"]["data/datasets/step-4800"]["manifest"]
     }
 
 
@@ -230,25 +241,25 @@ def test_the_same_inputs_give_the_same_bytes(folder):
 
 
 def test_a_changed_input_is_refused_by_name(folder):
-    target = folder / "data/datasets/expert/card.json"
+    target = folder / "data/datasets/step-4800/card.json"
     target.write_text(target.read_text().replace("60", "61"))
-    write_manifest("data/datasets/expert", kind="dataset", inputs={}, parameters={}, files={"card.json": None})
-    with pytest.raises(UserError, match=r"data/datasets/expert: not what data/.*manifest\.json was made from"):
+    write_manifest("data/datasets/step-4800", kind="dataset", inputs={}, parameters={}, files={"card.json": None})
+    with pytest.raises(UserError, match=r"data/datasets/step-4800: not what data/.*manifest\.json was made from"):
         build(folder)
 
 
 def test_a_missing_evaluation_is_named(folder):
-    (folder / "data/evaluations/focal/expert/random/1/episodes.parquet").unlink()
-    with pytest.raises(UserError, match=r"focal/expert/random/1/episodes\.parquet: missing"):
+    (folder / "data/evaluations/focal/step-4800/step-2200/1/episodes.parquet").unlink()
+    with pytest.raises(UserError, match=r"focal/step-4800/step-2200/1/episodes\.parquet: missing"):
         build(folder)
 
 
 def test_a_damaged_evaluation_is_named(folder):
-    path = folder / "data/evaluations/focal/random/random/0/embeddings.parquet"
+    path = folder / "data/evaluations/focal/step-2200/step-2200/0/embeddings.parquet"
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 1
     path.write_bytes(bytes(data))
-    with pytest.raises(UserError, match=r"focal/random/random/0/embeddings\.parquet: damaged"):
+    with pytest.raises(UserError, match=r"focal/step-2200/step-2200/0/embeddings\.parquet: damaged"):
         build(folder)
 
 
@@ -256,9 +267,9 @@ def test_drop_is_against_matching_context(folder):
     plan = json.loads(Path("data/plan/cells.json").read_text())
     rows = table_rows(load_evaluations(plan["evaluations"]), CONFIG)
     found = {row.cell[1:]: drop(row, rows) for row in rows}
-    assert found[("expert", "expert")] is None
-    assert found[("expert", "random")] == pytest.approx(3.0)
-    assert found[("random", "expert")] == pytest.approx(3.0)
+    assert found[("step-4800", "step-4800")] is None
+    assert found[("step-4800", "step-2200")] == pytest.approx(3.0)
+    assert found[("step-2200", "step-4800")] == pytest.approx(3.0)
 
 
 def test_projection_finds_the_plane_that_points_lie_in():
@@ -283,8 +294,8 @@ def test_a_published_table_that_does_not_exist_is_refused():
 def test_published_numbers_are_the_papers():
     table = TABLES["focal-table-6"].values
     assert [table["focal", a, b] for a, b in (
-        ("expert", "expert"), ("medium", "medium"), ("random", "random"), ("expert", "medium"),
-        ("expert", "random"), ("medium", "expert"), ("medium", "random"),
+        ("step-4800", "step-4800"), ("step-3000", "step-3000"), ("step-2200", "step-2200"), ("step-4800", "step-3000"),
+        ("step-4800", "step-2200"), ("step-3000", "step-4800"), ("step-3000", "step-2200"),
     )] == [8.16, 8.44, 2.34, 7.12, 4.43, 8.25, 6.76]  # fmt: skip
 
 

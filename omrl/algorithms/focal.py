@@ -13,7 +13,8 @@ rates               1e-3 (Table 4)           3e-4                         unknow
 width               300 (Table 4)            256                          unknown which
 latent_dim          5 (points), 20           20                           Table 1 (Half-Cheetah-Vel): 5
 metric_form         Eq. 13: squared L2,      ``released``: RMS, mean per  Table 5(b) implies means
-                    sum over pairs           dimension, mean over pairs   per dimension: released
+                    sum over pairs           dimension, mean over pairs;  per dimension: released
+                                             of power -2 only
 metric_weight       1 (points, Ant), 10      10, on both terms            unknown which
 context_batch       256 (512 in FOCAL++)     1024                         unknown which
 value_network       absent in Algorithm 1    V and target V               released
@@ -31,6 +32,10 @@ Differs from the release:
   back-propagated, so that no flag lets Bellman gradients reach it, and the probabilistic encoder switches the
   metric loss off (``probabilistic_metric: false`` does that here).
 * The discriminator and alpha are not trained while regularization is off; there they are, for nothing.
+* On Sparse-Point-Robot the release trains its encoder on rewards of FOCAL++'s Eq. 35, (R - d) / R within the
+  radius R, and tests it on whichever form the installed module has; here both see the dataset's.
+* An evaluation here counts episodes; the release goes on until so many steps are executed, so that episodes that
+  end early come with more context.
 * Time-limit ends are terminal only if ``meta_train.time_limit_terminal`` says so (the release: always).
 
 Differs from the paper: meta-batches repeat tasks (drawn with replacement). Without repeats there is no
@@ -118,7 +123,8 @@ def distance_metric_loss(
         power: n: the repulsive term falls with distance^n (-2, -1), or is minus distance^n (1, 2).
         form: ``paper``: same task ||z_i - z_j||^2, different tasks beta / (||z_i - z_j||^|n| + eps), summed
             over ordered pairs. ``released``: with m = mean_d (z_i - z_j)^2, same task sqrt(m + 1e-3),
-            different tasks beta / (m^(|n|/2) + eps), each averaged over its unordered pairs.
+            different tasks beta / (m^(|n|/2) + eps), each averaged over its unordered pairs. The release has it for
+            power -2 alone; the other powers extend it.
         beta: None for the value of Table 5(b).
         eps: in the denominator of the inverse powers.
 

@@ -37,6 +37,8 @@ actor, critic      BRAC, width 256, depth 3        2 x 256; BRAC for Ant-Dir    
                                                    only, else plain SAC
 =================  ==============================  ==============================  ===============================
 
+So the decoder is a variant of ours, neither the paper's likelihood nor the release's two heads.
+
 Rates of 3e-4 and a meta-batch of 16 are common to all three; the metric loss is FOCAL's released form there too.
 Published weights do not carry over: the gradient of a likelihood with a learned variance grows as errors shrink, that
 of a squared error fades, so the same ``metric_weight`` weighs more here. No published number belongs to the default.
