@@ -17,8 +17,8 @@ from typing import Any
 from omrl.core.errors import UserError
 
 OURS = ("omrl", "stages")
-# the reader of params.yaml hands over values, which DVC tracks itself; see its docstring
-_NOT_CODE_OF_A_RESULT = frozenset({"omrl.experiment"})
+# the reader of params.yaml hands over values, which DVC tracks itself (see its docstring); event files are no output
+_NOT_CODE_OF_A_RESULT = frozenset({"omrl.core.events", "omrl.experiment"})
 
 
 def _origin(module: str) -> Path | None:
