@@ -61,7 +61,7 @@ pipelines: setup  ## copy dvc.yaml into every pipelines/<name>/
 	@for folder in pipelines/*/; do cp dvc.yaml $$folder/dvc.yaml; done
 
 lock: setup  ## refresh requirements.lock from what is installed
-	@{ head -n 1 requirements.lock; python -m pip freeze --exclude-editable --disable-pip-version-check | sed 's/+cpu$$//'; } > requirements.lock.new
+	@{ head -n 1 requirements.lock; python -m pip freeze --all --exclude pip --exclude-editable --disable-pip-version-check | sed 's/+cpu$$//'; } > requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 
 clean:  ## remove caches and unfinished work, keep data and results
