@@ -206,7 +206,7 @@ class Pipeline:
 
     @cached_property
     def repository(self) -> Path:
-        """The folder with .dvc, at or above the pipeline's.
+        """The DVC project: the folder with .dvc at, or above, the pipeline's.
 
         Raises:
             UserError: there is none.
