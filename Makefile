@@ -57,8 +57,14 @@ format: setup  ## format the code
 bench: setup  ## run every benchmark (some minutes)
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; python $$file || exit 1; done
 
-pipelines: setup  ## copy dvc.yaml into every pipelines/<name>/
-	@for folder in pipelines/*/; do cp dvc.yaml $$folder/dvc.yaml; done
+pipelines: setup  ## make every pipelines/<name>/ a DVC project with the root's dvc.yaml
+	@for folder in pipelines/*/; do \
+	  mkdir -p $$folder/.dvc $$folder/source; \
+	  cp dvc.yaml $$folder/dvc.yaml; \
+	  cp pipelines/smoke/.dvcignore $$folder/ 2>/dev/null; \
+	  cp pipelines/smoke/.dvc/config pipelines/smoke/.dvc/.gitignore $$folder/.dvc/ 2>/dev/null; \
+	  for package in omrl stages; do ln -sfn ../../../$$package $$folder/source/$$package; done; \
+	done
 
 lock: setup  ## refresh requirements.lock from what is installed
 	@{ head -n 1 requirements.lock; python -m pip freeze --all --exclude pip --exclude-editable --disable-pip-version-check | sed 's/+cpu$$//'; } > requirements.lock.new

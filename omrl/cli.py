@@ -1,4 +1,4 @@
-"""The command line: ``omrl check``, ``list``, ``data``, ``lineage``, ``verify``."""
+"""The command line: ``omrl check``, ``repro``, ``list``, ``data``, ``lineage``, ``verify``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="OMRL: offline meta-reinforcement learning, from tasks to tables. Results are built by 'dvc repro'.",
+    help="OMRL: offline meta-reinforcement learning, from tasks to tables. 'omrl repro' builds results.",
 )
 
 
@@ -41,6 +41,33 @@ def check(file: Annotated[Path, typer.Argument(help="a params.yaml")] = Path("pa
 
     cells = check_params(file)
     print(f"{file}: ok, {len(cells)} cells")
+
+
+@app.command()
+def repro(
+    pipeline: Annotated[str | None, typer.Argument(help="a folder, or a name in pipelines/; else the one here")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="cores to use; else OMRL_WORKERS, else all")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="address of a Dask scheduler, such as tcp://host:8786")] = None,
+    dry: Annotated[bool, typer.Option("--dry", help="only say which cells would run, and why")] = False,
+) -> None:
+    """Bring a pipeline up to date as 'dvc repro' does, cells that are ready in parallel.
+
+    Ends with code 1 if a cell failed; the others that do not need it are run all the same.
+    """
+    from omrl.running import schedule
+
+    folder = schedule.find_folder(pipeline)
+    if dry:
+        print("\n".join(schedule.explain(folder)))
+        return
+    try:
+        failed = schedule.repro(folder, jobs, scheduler)
+    except (KeyboardInterrupt, schedule.Terminated) as stop:
+        word, code = ("terminated", 143) if isinstance(stop, schedule.Terminated) else ("interrupted", 130)
+        print(f"{word}; finished work is kept, run again to resume", file=sys.stderr)
+        raise typer.Exit(code) from None
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command(name="list")

@@ -15,7 +15,7 @@ from omrl.provenance.fingerprint import fingerprint
 def main() -> None:
     """Write data/code/{stages,engines,envs,algorithms}/<name>.json."""
     params = load("repository", "algorithms")
-    root = Path(params.repository).resolve()
+    root = (Path(params.repository) / "stages").resolve().parent  # a pipeline links to it from source/
     if Path(__file__).resolve().parents[1] != root:
         raise UserError(
             f"params.yaml: repository = {params.repository!r}: the installed package is not the one in that "

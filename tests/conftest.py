@@ -48,7 +48,7 @@ class Project:
         return done
 
     def repro(self, *arguments: str) -> Ran:
-        done = self.run("dvc", "repro", f"{SMOKE}/dvc.yaml", *arguments)
+        done = self.run("dvc", "repro", *arguments, cwd=self.smoke)
         return Ran(done.stdout + done.stderr)
 
     def omrl(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -99,9 +99,9 @@ def clone(target: Path) -> Project:
     ).stdout.split("\0")  # fmt: skip
     for name in filter(None, names):
         source = ROOT / name
-        if (source.is_file() and not name.startswith("pipelines/")) or name.startswith(SMOKE):
+        if name.startswith(f"{SMOKE}/") or (source.is_file() and not name.startswith("pipelines/")):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target / name)
+            shutil.copy2(source, target / name, follow_symlinks=False)
     shutil.rmtree(target / SMOKE / "reports", ignore_errors=True)
     (target / SMOKE / "dvc.lock").unlink(missing_ok=True)
     project = Project(target)

@@ -171,7 +171,7 @@ def test_verify_names_damaged_cache_objects_that_dvc_calls_up_to_date(project, h
     else:
         damage(target, b"" if how == "truncated" else None)
     if how != "missing":
-        assert "up to date" in project.run("dvc", "status", f"{SMOKE}/dvc.yaml").stdout
+        assert "up to date" in project.run("dvc", "status", cwd=project.smoke).stdout
     done = project.omrl("verify", "--pipeline", SMOKE, check=False)
     assert done.returncode == 1
     assert target.name in done.stdout
@@ -214,7 +214,7 @@ def test_problems_end_with_code_2_and_no_traceback(built, tmp_path):
 
 def test_a_cache_elsewhere_is_found(project, tmp_path):
     shutil.move(project.folder / ".dvc/cache", tmp_path / "elsewhere")
-    project.run("dvc", "config", "--local", "cache.dir", str(tmp_path / "elsewhere"))
+    project.run("dvc", "config", "--local", "cache.dir", str(tmp_path / "elsewhere"), cwd=project.smoke)
     assert "0 damaged" in project.omrl("verify", "--pipeline", SMOKE).stdout
 
 

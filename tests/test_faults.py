@@ -43,11 +43,10 @@ def running(folder: Path, text: str) -> list[int]:
 def test_a_killed_stage_leaves_nothing_half_written_and_reruns_to_the_same_bytes(project, cell):
     before = project.lock
     stage, arguments = cell.partition("@")[0], cell.partition("@")[2]
-    target = f"{SMOKE}/dvc.yaml:{cell}"
     for delay in (0.0, 0.6):
         process = subprocess.Popen(
-            ["dvc", "repro", "--single-item", "--force", target],
-            cwd=project.folder, env=project.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            ["dvc", "repro", "--single-item", "--force", cell],
+            cwd=project.smoke, env=project.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.monotonic() + 60
         while not running(project.folder, f"stages.{stage}"):
@@ -69,7 +68,7 @@ def test_a_killed_stage_leaves_nothing_half_written_and_reruns_to_the_same_bytes
 
 
 def rerun(project: Project, cell: str) -> str:
-    done = project.run("dvc", "repro", "-s", "-f", f"{SMOKE}/dvc.yaml:{cell}", check=False)
+    done = project.run("dvc", "repro", "-s", "-f", cell, cwd=project.smoke, check=False)
     assert done.returncode != 0
     text = done.stdout + done.stderr
     assert "Traceback" not in text
@@ -79,7 +78,7 @@ def rerun(project: Project, cell: str) -> str:
 
 def restore(project: Project) -> None:
     """Bring back damaged inputs, and outputs that DVC took away before the run that failed."""
-    project.run("dvc", "checkout", "--force", f"{SMOKE}/dvc.yaml")
+    project.run("dvc", "checkout", "--force", cwd=project.smoke)
 
 
 def test_damaged_and_missing_inputs_are_named(project):
@@ -131,7 +130,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(project, small_disk):
         shutil.copytree(data / "tasks", work / "data/tasks")
         shutil.copytree(data / "datasets/expert", work / "data/datasets/expert")
         (work / "params.yaml").write_text(
-            (project.smoke / "params.yaml").read_text().replace("../..", str(project.folder))
+            (project.smoke / "params.yaml").read_text().replace("repository: source", f"repository: {project.folder}")
         )
         room = os.statvfs(small_disk)
         (small_disk / "ballast").write_bytes(b"x" * max(0, room.f_bavail * room.f_frsize - 60_000))

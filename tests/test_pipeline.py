@@ -7,7 +7,7 @@ import json
 import pandas as pd
 import pytest
 import yaml
-from conftest import SMOKE, clone
+from conftest import clone
 
 pytestmark = pytest.mark.e2e
 
@@ -107,7 +107,7 @@ def test_dvc_shows_metrics_and_plots(project):
 
 def test_a_typo_stops_before_any_work(project):
     project.edit_params("steps: 40", "setps: 40")
-    done = project.run("dvc", "repro", f"{SMOKE}/dvc.yaml", check=False)
+    done = project.run("dvc", "repro", cwd=project.smoke, check=False)
     assert done.returncode != 0
     assert "params.yaml: meta_train.setps: unknown key; did you mean 'steps'?" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr

@@ -156,14 +156,30 @@ def test_metrics_are_means_over_tasks_and_seeds(folder):
     cell = metrics["focal"]["step-4800"]["step-2200"]
     expected = np.mean([value("focal", "step-4800", "step-2200", s, t) for s in (0, 1) for t in (4, 5)])
     assert cell["mean"] == pytest.approx(expected)
-    assert cell["ci_low"] <= cell["mean"] <= cell["ci_high"]
+    assert cell["low"] <= cell["mean"] <= cell["high"]
     assert cell["n"] == 4
-    assert cell["esr"] == 0.5
+    assert set(cell) == {"mean", "low", "high", "normalized", "n"}
     assert metrics["reference"] == {"oracle": 13.0, "single-task SAC": 9.5, "random": 0.0}
 
 
 def test_the_page_says_what_a_level_reaches(folder):
     assert "steps [100], normalized return 0.70" in (build(folder) / "index.html").read_text()
+
+
+def test_a_swapped_dataset_keeps_the_names_of_dvcs_metrics(folder):
+    build(folder)
+    names = {path.stem for path in (folder / "reports/metrics").iterdir()}
+    rows = {f"focal-{a}-{b}" for a in (1, 2) for b in (1, 2)} | {"focalpp-1-1"}
+    assert names == rows | {"ref-oracle", "ref-single-task-sac", "ref-random"}
+    found = json.loads((folder / "reports/metrics/focal-1-2.json").read_text())
+    metrics = json.loads((folder / "reports/metrics.json").read_text())
+    assert found == {"trained_on": "step-4800", "context": "step-2200", **metrics["focal"]["step-4800"]["step-2200"]}
+    plan = json.loads(Path("data/plan/cells.json").read_text())
+    plan["evaluations"] = [e for e in plan["evaluations"] if e["train"] != "step-4800"]
+    write_json("data/plan/cells.json", plan)
+    build(folder)
+    found = json.loads((folder / "reports/metrics/focal-1-1.json").read_text())
+    assert found["trained_on"] == "step-2200"
 
 
 def test_the_table_has_published_numbers_drops_and_references(folder):
@@ -185,16 +201,17 @@ def test_rivals_are_compared_on_the_same_tasks_and_unsupported_differences_marke
     assert rows[0].startswith("| focal |")
     assert rows[0].count(" ~ |") == 1
     assert "| best |" in rows[1]
-    found = json.loads((folder / "reports/metrics.json").read_text())
+    found = json.loads((folder / "reports/diagnostics.json").read_text())
     behind = found["focal"]["step-4800"]["step-4800"]["behind_best"]
     assert behind["mean"] == pytest.approx(10.14 - 11.5)
     assert behind["low"] == pytest.approx(10.08 - 14, abs=0.11)
     assert behind["high"] == pytest.approx(10.2 - 9, abs=0.11)
 
 
-def test_diagnostics_of_the_papers_are_in_the_metrics(folder):
+def test_diagnostics_of_the_papers_are_kept(folder):
     build(folder)
-    found = json.loads((folder / "reports/metrics.json").read_text())
+    found = json.loads((folder / "reports/diagnostics.json").read_text())
+    assert found["focal"]["step-4800"]["step-2200"]["esr"] == 0.5
     plus = found["focalpp"]["step-4800"]["step-4800"]
     assert (plus["attention_auc"], plus["weight_rewarded"], plus["sparsity_threshold"]) == (0.9, 1.5, 0.6)
     assert (plus["q_mean_last"], plus["q_mean_largest"]) == (4.0, 8.0)
@@ -208,7 +225,8 @@ def test_diagnostics_of_the_papers_are_in_the_metrics(folder):
 def test_the_page_needs_nothing_else_and_shows_every_picture(folder):
     reports = build(folder)
     html = (reports / "index.html").read_text()
-    pictures = sorted(p.stem for p in (reports / "figures").iterdir())
+    files = [*(reports / "figures").iterdir(), *(reports / "pictures").iterdir()]
+    pictures = sorted(path.stem for path in files)
     expected = ["attention", "behavior", "context", "datasets", "embeddings", "improvement", "profiles", "results",
                 "sparsity", "trajectories", "training"]  # fmt: skip
     assert pictures == sorted(expected)
@@ -217,7 +235,8 @@ def test_the_page_needs_nothing_else_and_shows_every_picture(folder):
     assert "results.csv" in links
     assert all((reports / link).is_file() for link in links), links
     assert "tmp" not in re.sub(r'data:image/png;base64,[^"]*', "", html)
-    for path in (reports / "figures").iterdir():
+    assert {path.stem for path in (reports / "figures").iterdir()} == {"results", "trajectories"}  # for git
+    for path in files:
         width, height = struct.unpack(">II", path.read_bytes()[16:24])
         assert width == 990  # the same for all
         assert height > 150

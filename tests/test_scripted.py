@@ -116,7 +116,7 @@ def test_a_row_goes_back_to_the_script_and_the_report_names_it(built):
     metrics = json.loads((built / "reports/metrics.json").read_text())
     assert "script" in metrics["reference"]
     assert "single-task SAC" not in metrics["reference"]
-    assert not (built / "reports/figures/behavior.png").exists()
+    assert not (built / "reports/pictures/behavior.png").exists()
 
 
 def test_checkpoints_do_not_act_where_a_script_was_written_down(built, monkeypatch):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omrl.algorithms.base import CONFIG as MODEL_CONFIG
 from omrl.algorithms.base import MODEL, Algorithm, Phase, Spec, create, save_model
-from omrl.core import layout, seeding
+from omrl.core import events, layout, seeding
 from omrl.core.allocator import keep_memory
 from omrl.core.config import Config
 from omrl.core.errors import UserError
@@ -168,6 +168,7 @@ def train(
     description: str = "meta-training",
     data: TaskData | None = None,
     phases: list[Phase] | None = None,
+    board: events.Writer | None = None,
 ) -> Position:
     """Take ``config.steps`` gradient steps, going on from ``state`` if an earlier run left one.
 
@@ -182,6 +183,7 @@ def train(
         description: shown with the progress.
         data: the transitions' dataset, which ``begin`` is shown; what the sampler has if None.
         phases: instead of the method's own.
+        board: where the curve can be watched.
 
     Raises:
         UserError: a loss is no longer finite.
@@ -211,6 +213,8 @@ def train(
                 if step % config.log_every and step != last:
                     continue
                 means = at.curve.close(step, phase.name)
+                if board is not None:
+                    board.scalars(step, means)
                 progress.advance(step - shown, note=", ".join(f"{k} {v:.3g}" for k, v in list(means.items())[:3]))
                 shown = step
                 _refuse_divergence(means, step, description)
@@ -296,7 +300,8 @@ def build_model(
     with scratch("meta_train", {**parameters, "inputs": inputs}, _PACKAGES) as work:
         data = load_data(sources, tasks, inference, config.time_limit_terminal)
         sampler = make_sampler(algorithm, data, own_seed)
-        done = train(algorithm, sampler, config, work / _STATE, f"{name} on {dataset}, seed {seed}")
+        board = events.writer(f"meta_train/{name}/{dataset}/{seed}")
+        done = train(algorithm, sampler, config, work / _STATE, f"{name} on {dataset}, seed {seed}", board=board)
         with atomic_dir(target) as folder:
             files = publish(algorithm, done, folder, name, module, config.optimizers)
             write_manifest(folder, kind="model", inputs=inputs, parameters=parameters, files=files, packages=_PACKAGES)

@@ -119,6 +119,23 @@ class Pipeline:
         except (OSError, ValueError, KeyError, TypeError):  # damaged: told where the output itself is looked at
             return None
 
+    @cached_property
+    def kept_by_git(self) -> frozenset[str]:
+        """The outputs that dvc.yaml keeps out of the cache."""
+        try:
+            stages = yaml.load((self.folder / "dvc.yaml").read_text(encoding="utf-8"), Loader=Loader)["stages"]
+            return frozenset(
+                path
+                for stage in stages.values()
+                for kind in ("outs", "plots", "metrics")
+                for entry in stage.get(kind, [])
+                if isinstance(entry, dict)
+                for path, options in entry.items()
+                if not options.get("cache", True)
+            )
+        except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{self.folder / 'dvc.yaml'}: missing or damaged; restore it with 'git checkout'") from None
+
     def current(self, output: Output) -> bool:
         """Does params.yaml still ask for this output? (dvc.lock keeps cells of earlier choices.)"""
         cells = ("data/behavior/", "data/rollouts/", "data/datasets/", "data/models/", "data/evaluations/")
@@ -206,7 +223,7 @@ class Pipeline:
 
     @cached_property
     def repository(self) -> Path:
-        """The folder with .dvc, at or above the pipeline's.
+        """The DVC project: the folder with .dvc at, or above, the pipeline's.
 
         Raises:
             UserError: there is none.

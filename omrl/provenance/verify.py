@@ -54,7 +54,7 @@ def verify(pipeline: Pipeline) -> tuple[int, list[Damage]]:
 
 def _check_output(pipeline: Pipeline, output: Output) -> tuple[int, list[Damage]]:
     path = pipeline.folder / output.path
-    cached = output.path.startswith("data/")  # reports/ is kept by git, not by the cache
+    cached = output.path not in pipeline.kept_by_git
     restore = (
         f"delete it and run 'dvc checkout {output.stage}' in {pipeline.folder}"
         if cached

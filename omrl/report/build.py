@@ -18,6 +18,7 @@ from omrl.report import ReportConfig, figures, page, scene, tables
 from omrl.report.published import TABLES
 
 _WITH_NUMBERS = ("results", "profiles", "improvement", "embeddings", "context", "training", "behavior")
+_KEPT = ("results", "trajectories", "embeddings")  # the first two that a report has go into git
 
 
 def chain_of(folder: str | Path) -> dict[str, Any]:
@@ -198,7 +199,10 @@ def _pictures(
 
 
 def build_report(*, env: str, family: Family, config: ReportConfig, target: str | Path = "reports") -> None:
-    """Write results.csv, metrics.json, results.md, index.html, lineage.json, figures/ and plots/.
+    """Write reports/.
+
+    Small files that git keeps: results.csv, results.md, metrics.json, metrics/, diagnostics.json and two pictures in
+    figures/. The rest is for DVC's cache: index.html, lineage.json, all other pictures/ and plots/.
 
     Raises:
         UserError: something the plan names is missing or damaged.
@@ -234,11 +238,17 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
     target.mkdir(parents=True, exist_ok=True)
     write_text(target / "results.csv", results.to_csv(index=False, lineterminator="\n"))
     write_json(target / "metrics.json", tables.metrics(rows, references))
+    write_json(target / "diagnostics.json", tables.diagnostics(rows))
+    with atomic_dir(target / "metrics") as folder:
+        for name, value in tables.metric_files(rows, references).items():
+            write_json(folder / f"{name}.json", value)
     write_text(target / "results.md", tables.markdown(rows, references, behavior, config, facts))
     write_json(target / "lineage.json", chain)
-    with atomic_dir(target / "figures") as folder:
+    kept = [name for name in _KEPT if name in {picture.name for picture in pictures}][:2]
+    with atomic_dir(target / "figures") as figures_folder, atomic_dir(target / "pictures") as folder:
         for picture in pictures:
-            (folder / f"{picture.name}.png").write_bytes(picture.png)
+            place = figures_folder if picture.name in kept else folder
+            (place / f"{picture.name}.png").write_bytes(picture.png)
     with atomic_dir(target / "plots") as folder:
         _plots(folder, rows, evaluations, progress, config)
     by_folder = chain["folders"]

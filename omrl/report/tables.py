@@ -1,4 +1,4 @@
-"""Numbers: from evaluation files to results.csv, metrics.json and results.md."""
+"""Numbers: from evaluation files to results.csv, metrics.json, diagnostics.json and results.md."""
 
 from __future__ import annotations
 
@@ -246,25 +246,57 @@ def behavior_rows(cards: dict[str, dict[str, Any]]) -> dict[str, float]:
     return rows
 
 
-def metrics(rows: list[Row], references: dict[str, float]) -> dict[str, Any]:
-    """Return metrics.json: algorithm -> train -> test -> numbers, and the references."""
+def headline(row: Row) -> dict[str, Any]:
+    """Return the five numbers that a row is compared by: return with its interval, normalized, scores behind it."""
+    summary = row.summary
+    numbers = {"mean": summary.mean, "low": summary.low, "high": summary.high, "n": summary.n}
+    return numbers if row.normalized is None else numbers | {"normalized": row.normalized}
+
+
+def by_name(values: dict[Cell, dict[str, Any]]) -> dict[str, Any]:
+    """Return algorithm -> training dataset -> test dataset -> value."""
     nested: dict[str, Any] = {}
+    for (algorithm, train, test), value in values.items():
+        nested.setdefault(algorithm, {}).setdefault(train, {})[test] = value
+    return nested
+
+
+def metrics(rows: list[Row], references: dict[str, float]) -> dict[str, Any]:
+    """Return metrics.json: algorithm -> train -> test -> headline numbers, and the references."""
+    return by_name({row.cell: headline(row) for row in rows}) | {"reference": references}
+
+
+def diagnostics(rows: list[Row]) -> dict[str, Any]:
+    """Return diagnostics.json: algorithm -> train -> test -> what is told of a row beside its headline."""
+    return by_name(
+        {
+            row.cell: {
+                "iqm": row.summary.iqm,
+                "seed_means": {str(seed): mean for seed, mean in row.seed_means.items()},
+                "train_tasks_mean": row.train_tasks,
+                **({} if row.restated is None else {"restated": row.restated}),
+                **({} if row.behind is None else {"behind_best": vars(row.behind)}),
+                **({} if row.wins is None else {"beats_best": vars(row.wins)}),
+                **row.diagnostics,
+            }
+            for row in rows
+        }
+    )
+
+
+def metric_files(rows: list[Row], references: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """Return reports/metrics/: one small file per row of the table, which DVC shows as a line.
+
+    A name holds the algorithm and the places of the two datasets in params.yaml (``focal-1-2``), not their names:
+    after a swap, DVC finds the row again and compares.
+    """
+    trains, tests = (list(dict.fromkeys(row.cell[i] for row in rows)) for i in (1, 2))
+    files = {}
     for row in rows:
         algorithm, train, test = row.cell
-        nested.setdefault(algorithm, {}).setdefault(train, {})[test] = {
-            "mean": row.summary.mean,
-            "iqm": row.summary.iqm,
-            "ci_low": row.summary.low,
-            "ci_high": row.summary.high,
-            "n": row.summary.n,
-            "normalized": row.normalized,
-            "train_tasks_mean": row.train_tasks,
-            **({} if row.restated is None else {"restated": row.restated}),
-            **({} if row.behind is None else {"behind_best": vars(row.behind)}),
-            **({} if row.wins is None else {"beats_best": vars(row.wins)}),
-            **row.diagnostics,
-        }
-    return nested | {"reference": references}
+        name = f"{algorithm}-{trains.index(train) + 1}-{tests.index(test) + 1}"
+        files[name] = {"trained_on": train, "context": test, **headline(row)}
+    return files | {f"ref-{name.lower().replace(' ', '-')}": {"mean": mean} for name, mean in references.items()}
 
 
 def drop(row: Row, rows: list[Row]) -> float | None:

@@ -1,0 +1,165 @@
+"""The cells of a pipeline as DVC resolves them: their order, what each waits for, which are not up to date and why."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from omrl.core.errors import UserError
+from omrl.core.files import write_json, write_text
+from omrl.experiment import read as read_params
+from omrl.provenance.lockfile import LOCK
+
+FIRST = ("plan", "code")  # they write what running cells read, so they run alone, before all others
+ALL_CORES = ("behavior", "rollouts")  # one process per core
+_SHOWN = 3  # paths named in a reason
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A pipeline's cells.
+
+    Attributes:
+        reads: cell -> the cells whose outputs it reads, in the order in which ``dvc repro`` runs cells.
+        reasons: cell -> why it is not up to date, for those that are not.
+        threads: stage -> threads that one of its cells computes with, where that is not one.
+    """
+
+    reads: Mapping[str, tuple[str, ...]]
+    reasons: Mapping[str, str]
+    threads: Mapping[str, int] = field(default_factory=dict)
+
+    def behind(self, cells: set[str]) -> set[str]:
+        """Return all cells that read, directly or not, an output of one of ``cells``."""
+        found: set[str] = set()
+        for cell, reads in self.reads.items():  # in order, so one pass is enough
+            if not found.isdisjoint(reads) or not cells.isdisjoint(reads):
+                found.add(cell)
+        return found
+
+
+def read_graph(folder: Path) -> Graph:
+    """Ask DVC for the cells of the pipeline in ``folder`` and for their status.
+
+    Raises:
+        UserError: DVC cannot read the pipeline, or another DVC command is at work in it.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.lock import LockError
+    from dvc.repo import Repo
+    from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
+
+    for name in ("params.yaml", "dvc.yaml"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: missing; expected a pipeline's folder with params.yaml and dvc.yaml")
+    params = read_params(folder / "params.yaml")
+    here = Path.cwd()
+    try:
+        os.chdir(folder)  # DVC speaks of paths as seen from here
+        with Repo() as repo, repo.lock:
+            graph = get_active_graph(repo.index.graph)
+            stages = plan_repro(graph, collect_stages(repo, ["dvc.yaml"]))
+            locked = set(lock_order(Path()))
+            reasons = {s.name: _reason(s.name in locked, next(iter(found.values()))) for s in stages
+                       if (found := s.status(check_updates=True))}  # fmt: skip
+            reads = {s.name: tuple(sorted(other.name for other in graph.successors(s))) for s in stages}
+    except LockError:
+        raise UserError(f"{folder}: another DVC command is at work there; wait until it ends") from None
+    except DvcException as error:
+        raise UserError(f"{folder}: DVC cannot read this pipeline: {error}") from None
+    finally:
+        os.chdir(here)
+    sections = {"meta_train": params.meta_train, "evaluate": params.evaluate}
+    defaults = {"meta_train": 2, "evaluate": 1}
+    threads = {name: int(str(section.get("threads", defaults[name]))) for name, section in sections.items()}
+    return Graph(reads, reasons, threads)
+
+
+def _reason(known: bool, changes: list[Any]) -> str:
+    """Say in a few words what DVC's status of a cell means."""
+    if not known:
+        return "new, dvc.lock does not know it"
+    parts = []
+    for change in changes:
+        if not isinstance(change, dict):
+            parts.append(str(change).replace("changed checksum", "its definition in dvc.yaml changed"))
+            continue
+        for kind, entries in change.items():
+            for path, what in entries.items():
+                if isinstance(what, dict):  # a params file
+                    parts += [f"{key} {state}" for key, state in what.items()]
+                else:
+                    state = {"deleted": "missing", "not in cache": "not in the cache"}.get(what, what)
+                    parts.append(f"{'output ' if kind == 'changed outs' else ''}{path} {state}")
+    more = f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
+    return ", ".join(parts[:_SHOWN]) + more
+
+
+def lock_order(folder: Path) -> list[str]:
+    """Return the cells in dvc.lock, in its order."""
+    return [name for name, _ in _entries(folder)[1]]
+
+
+def _entries(folder: Path) -> tuple[str, list[tuple[str, str]]]:
+    """Return dvc.lock as its head and its entries, each with its name."""
+    try:
+        text = (folder / LOCK).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return "", []
+    head, *parts = re.split(r"^(?=  \S)", text, flags=re.M)
+    return head, [(part.lstrip().split(":\n", 1)[0].strip("'\""), part) for part in parts]
+
+
+def sort_lock(folder: Path, before: list[str], order: list[str]) -> None:
+    """Give dvc.lock the order that one ``dvc repro`` would: cells that stood there, then new ones as they run.
+
+    Args:
+        folder: the pipeline's.
+        before: cells in dvc.lock when the run began.
+        order: the graph's order.
+    """
+    head, entries = _entries(folder)
+    place = {name: i for i, name in enumerate(dict.fromkeys([*before, *order]))}
+    ordered = sorted(entries, key=lambda entry: place.get(entry[0], len(place)))
+    if ordered != entries:
+        write_text(folder / LOCK, head + "".join(part for _, part in ordered))
+
+
+def forget_dead(folder: Path) -> int:
+    """Remove from DVC's table of readers and writers what processes left that are gone; return how many.
+
+    DVC does so where the process id is free. It cannot tell that another program has it now.
+    """
+    path = folder / ".dvc/tmp/rwlock"
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        writers: dict[str, Any] = {p: info for p, info in table.get("write", {}).items() if _alive(info)}
+        readers = {p: [i for i in infos if _alive(i)] for p, infos in table.get("read", {}).items()}
+        before = len(table.get("write", {})) + sum(len(infos) for infos in table.get("read", {}).values())
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        with contextlib.suppress(OSError):  # an empty or half-written table is no table; DVC writes a new one
+            path.unlink()
+        return 0
+    gone = before - len(writers) - sum(len(infos) for infos in readers.values())
+    if gone:
+        write_json(path, {"write": writers, "read": {p: infos for p, infos in readers.items() if infos}})
+    return gone
+
+
+def _alive(info: dict[str, Any]) -> bool:
+    try:
+        process = psutil.Process(int(info["pid"]))
+        # DVC writes its own arguments there; the interpreter's stand before them in the process's command line
+        return str(info["cmd"]).split(" ", 1)[-1] in " ".join(process.cmdline()) and process.status() != "zombie"
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True

@@ -1,0 +1,290 @@
+"""``omrl repro`` with real Dask: the same dvc.lock as serial ``dvc repro``, whatever is killed meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMOKE, Project, clone
+
+from omrl.core.errors import UserError
+from omrl.running import graph, schedule
+from omrl.running.cell import environment
+
+# two cells that may run at once, of which the first in the graph ends last; two that read them; one alone
+TOY = """\
+stages:
+  plan: {cmd: echo plan > plan.txt, params: [shards], outs: [plan.txt]}
+  slow: {cmd: sh work.sh slow, deps: [plan.txt, work.sh], outs: [slow.txt]}
+  quick: {cmd: sh work.sh quick, deps: [plan.txt, work.sh], outs: [quick.txt]}
+  both: {cmd: cat slow.txt quick.txt > both.txt, deps: [slow.txt, quick.txt], outs: [both.txt]}
+  after: {cmd: cat quick.txt > after.txt, deps: [quick.txt], outs: [after.txt]}
+"""
+WORK = """\
+test "$1" = slow && sleep ${SLOW:-1}
+if test "$1" = "$FAIL"; then echo "error: $1 has no wind" >&2; exit 2; fi
+if test "$1" = "$KILL" && ! test -e killed; then touch killed; kill -9 $PPID; sleep 60; fi
+echo $OMP_NUM_THREADS > threads; env | grep MALLOC_TRIM > malloc
+echo $1 > $1.txt
+"""
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc.*")
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch) -> Path:
+    """A DVC project of five cells that take no time."""
+    folder = tmp_path / "toy"
+    (folder / ".dvc").mkdir(parents=True)
+    (folder / ".dvc/config").write_text("[core]\n    analytics = false\n    check_update = false\n")
+    (folder / "dvc.yaml").write_text(TOY)
+    (folder / "work.sh").write_text(WORK)
+    shutil.copy(ROOT / SMOKE / "params.yaml", folder)
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", path)
+    return folder
+
+
+def serial(folder: Path, target: Path) -> bytes:
+    """Return the dvc.lock of a serial ``dvc repro`` in a copy without data."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("dvc.lock", "*.txt", "cache", "tmp"))
+    subprocess.run(["dvc", "repro", "-q"], cwd=target, check=True)
+    return (target / "dvc.lock").read_bytes()
+
+
+def processes(folder: Path) -> list[int]:
+    """Return the processes that work in ``folder``."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "cwd").resolve().is_relative_to(folder.resolve()):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def test_parallel_gives_the_lock_of_serial_and_then_does_nothing(toy, tmp_path, capfd):
+    assert schedule.repro(toy, jobs=2) == 0
+    shown = capfd.readouterr().err
+    assert shown.index("quick: done") < shown.index("slow: done")  # they ran at once
+    assert "5 cells run" in shown
+    assert (toy / "dvc.lock").read_bytes() == serial(toy, tmp_path / "serial")
+    assert (toy / "threads").read_text() == "1\n"
+    assert (toy / "malloc").read_text() == f"MALLOC_TRIM_THRESHOLD_={1 << 30}\n"
+    assert schedule.repro(toy, jobs=2) == 0
+    assert "up to date" in capfd.readouterr().err
+    # of a change, only what depends on it; what turns out the same stops there
+    (toy / "work.sh").write_text(WORK.replace("echo $1 >", "echo $1 again >"))
+    assert schedule.explain(toy)[-1].startswith(f"{toy}: 2 cells would run, 2 may")
+    (toy / "work.sh").write_text(WORK + "\n")
+    assert schedule.repro(toy, jobs=2) == 0
+    assert "2 cells run, 2 up to date after all" in capfd.readouterr().err
+
+
+def test_a_failed_cell_stops_only_what_reads_it(toy, monkeypatch, capfd):
+    monkeypatch.setenv("FAIL", "slow")
+    assert schedule.repro(toy, jobs=2) == 2  # slow, and both
+    shown = capfd.readouterr().err
+    assert "failed: slow: slow has no wind" in shown
+    assert "1 failed, 1 not started" in shown
+    assert (toy / "after.txt").is_file()
+    assert not (toy / "both.txt").exists()
+    monkeypatch.delenv("FAIL")
+    assert schedule.repro(toy, jobs=2) == 0
+    assert (toy / "both.txt").read_text() == "slow\nquick\n"
+
+
+def test_a_cell_whose_process_is_killed_runs_again(toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("KILL", "quick")
+    assert schedule.repro(toy, jobs=2) == 0
+    assert (toy / "killed").exists()
+    monkeypatch.delenv("KILL")
+    assert (toy / "dvc.lock").read_bytes() == serial(toy, tmp_path / "serial")
+
+
+def test_locks_of_processes_that_are_gone_are_forgotten(toy, capfd):
+    (toy / ".dvc/tmp").mkdir()
+    # this very process has the number now, and is no DVC
+    gone = {"pid": os.getpid(), "cmd": "/usr/bin/dvc --wait-for-lock repro -s quick"}
+    table = {"write": {str(toy / "quick.txt"): gone}, "read": {str(toy / "plan.txt"): [gone]}}
+    (toy / ".dvc/tmp/rwlock").write_text(json.dumps(table))
+    assert schedule.repro(toy, jobs=1) == 0
+    assert "forgot 2 lock(s)" in capfd.readouterr().err
+
+
+def test_a_running_dvc_keeps_its_locks(toy):
+    (toy / ".dvc/tmp").mkdir()
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "repro", "-s", "quick"]) as process:
+        alive = {"pid": process.pid, "cmd": "/usr/bin/dvc repro -s quick"}
+        (toy / ".dvc/tmp/rwlock").write_text(json.dumps({"write": {"x": alive}, "read": {}}))
+        assert graph.forget_dead(toy) == 0
+        process.kill()
+        process.wait()
+    assert graph.forget_dead(toy) == 1
+
+
+def test_new_cells_and_missing_outputs_are_explained(toy):
+    lines = schedule.explain(toy)
+    assert lines[0] == "runs     plan: new, dvc.lock does not know it"
+    assert len(lines) == 6
+    schedule.repro(toy, jobs=2)
+    (toy / "quick.txt").unlink()
+    lines = schedule.explain(toy)
+    assert lines[0] == "runs     quick: output quick.txt missing"
+    assert "may run  both: reads quick" in lines or any("both" in line for line in lines)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A scheduler and two workers, each a process of its own on a loopback address."""
+    file = tmp_path / "scheduler.json"
+
+    def start(program: str, *options: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"distributed.cli.{program}", "--scheduler-file", str(file), *options],
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    started = [start("dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")]
+    while not file.exists():
+        assert started[0].poll() is None
+        time.sleep(0.05)
+    worker = ("dask_worker", "--nthreads", "1", "--resources", "cores=1", "--no-nanny", "--no-dashboard")
+    started += [start(*worker), start(*worker)]
+    yield json.loads(file.read_text())["address"], started
+    for process in reversed(started):
+        process.kill()
+        process.wait()
+
+
+def test_a_killed_worker_loses_nothing(toy, tmp_path, cluster, monkeypatch):
+    address, (_, *workers) = cluster
+    command = [sys.executable, "-m", "omrl.cli", "repro", str(toy), "--scheduler", address]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        killed = None
+        while killed is None:
+            assert process.poll() is None, process.stderr.read()
+            for pid in processes(toy):
+                if "work.sh slow" in command_line(pid):
+                    killed = next((w for w in workers if _is_above(w.pid, pid)), None)
+            time.sleep(0.02)
+        killed.kill()
+        _, shown = process.communicate(timeout=60)
+    assert process.returncode == 0, shown
+    assert (toy / "dvc.lock").read_bytes() == serial(toy, tmp_path / "serial")
+
+
+def _is_above(ancestor: int, pid: int) -> bool:
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        try:
+            pid = int(re.search(r"^PPid:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.M).group(1))
+        except OSError:
+            return False
+    return False
+
+
+def test_a_lost_scheduler_is_told_and_the_next_run_goes_on(toy, cluster):
+    address, (scheduler, *_) = cluster
+    command = [sys.executable, "-m", "omrl.cli", "repro", str(toy), "--scheduler", address]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while not any("work.sh slow" in command_line(pid) for pid in processes(toy)):
+            assert process.poll() is None
+            time.sleep(0.02)
+        scheduler.kill()
+        _, shown = process.communicate(timeout=90)
+    assert process.returncode == 2
+    assert "error: the Dask scheduler is gone; finished cells are kept, run again to go on" in shown
+    deadline = time.monotonic() + 30
+    while processes(toy):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert schedule.repro(toy, jobs=2) == 0
+
+
+def test_mistakes_end_in_one_line(toy, monkeypatch):
+    with pytest.raises(UserError, match="smok: no pipeline of that name or path; did you mean 'smoke'"):
+        schedule.find_folder("smok")
+    monkeypatch.setattr(schedule, "_CONNECT_S", 1)
+    with pytest.raises(UserError, match=r"--scheduler tcp://127\.0\.0\.1:1: no Dask scheduler answers there"):
+        schedule.repro(toy, address="tcp://127.0.0.1:1")
+    (toy / "dvc.yaml").write_text("stages: 3\n")
+    with pytest.raises(UserError, match="DVC cannot read this pipeline"):
+        schedule.explain(toy)
+
+
+def test_a_cell_gets_the_threads_it_declares():
+    assert environment(2, 1)["OMRL_WORKERS"] == "2"
+    assert environment(1, 3)["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_leaves_no_process_and_one_line(toy, number, code, monkeypatch):
+    monkeypatch.setenv("SLOW", "60")
+    command = [sys.executable, "-m", "omrl.cli", "repro", str(toy)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while not any("work.sh slow" in command_line(pid) for pid in processes(toy)):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, shown = process.communicate(timeout=60)
+    assert process.returncode == code, shown
+    assert "finished work is kept, run again to resume" in shown.splitlines()[-1]
+    assert "Traceback" not in shown
+    assert processes(toy) == []
+    monkeypatch.delenv("SLOW")
+    assert schedule.repro(toy, jobs=2) == 0
+
+
+@pytest.mark.e2e
+def test_the_smoke_pipeline_in_parallel_and_killed_in_the_middle_is_the_serial_one(built, tmp_path):
+    other = clone(tmp_path / "omrl")
+    command = [sys.executable, "-m", "omrl.cli", "repro", "smoke"]
+    with subprocess.Popen(
+        command, cwd=other.folder, env=other.environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        killed = False
+        while not killed and process.poll() is None:
+            for pid in processes(other.smoke):
+                if "repro -s meta_train@focal-relabelled-0" in command_line(pid):
+                    time.sleep(2)
+                    os.kill(pid, signal.SIGKILL)
+                    killed = True
+                    break
+            time.sleep(0.02)
+        _, shown = process.communicate()
+    assert process.returncode == 0, shown
+    assert killed
+    assert other.lock == built.lock
+    assert other.repro().nothing
+    assert "up to date, 17 cells" in other.omrl("repro", "smoke").stderr
+
+
+@pytest.mark.e2e
+def test_a_swap_in_parallel_is_the_serial_one(built: Project, tmp_path):
+    locks = []
+    for name, build in (("serial", lambda p: p.repro()), ("parallel", lambda p: p.omrl("repro", "smoke"))):
+        project = built.copy(tmp_path / name)
+        project.edit_params("train: [expert, relabelled]", "train: [medium]")
+        build(project)
+        locks.append(project.lock)
+    assert locks[0] == locks[1]
