@@ -91,6 +91,7 @@ class Cells(TypedDict):
 
     shards: dict[str, list[int]]
     datasets: list[str]
+    pairs: list[str]
     models: list[Model]
     evaluations: list[Evaluation]
 
@@ -529,7 +530,8 @@ def _cells(x: Experiment) -> Cells:
     ]
     return Cells(
         shards=x.shards,
-        datasets=[*x.dataset.levels, *x.relabel, *x.pairs],
+        datasets=[*x.dataset.levels, *x.relabel],
+        pairs=list(x.pairs),
         models=models,
         evaluations=[Evaluation(**model, test=test) for model in models for test in x.dataset.test],
     )

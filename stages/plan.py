@@ -35,7 +35,7 @@ def main() -> None:
     plan = cells()
     prune(layout.DATA / "behavior", {layout.behavior(shard) for shard in plan["shards"]})
     prune(layout.DATA / "rollouts", {layout.rollouts(shard) for shard in plan["shards"]})
-    prune(layout.DATA / "datasets", {layout.datasets(name) for name in plan["datasets"]})
+    prune(layout.DATA / "datasets", {layout.datasets(name) for name in [*plan["datasets"], *plan["pairs"]]})
     prune(layout.DATA / "evaluations", {layout.evaluations(**cell) for cell in plan["evaluations"]})
     write_json(layout.SHARDS, {"shards": plan["shards"]})
     write_json(layout.CELLS, plan)

@@ -83,6 +83,7 @@ def folder(tmp_path, monkeypatch) -> Path:
                 "context_transitions": 20 * (e + 1), "counted": e == 1, "protocol": "offline-context",
                 "return": value(*cell.values(), t["index"]) if e else -1.0,
                 "normalized": 0.5, "restated_return": 4.0 if cell["algorithm"] == "focal" else float("nan"),
+                "wrong_context_return": 1.5 if e else float("nan"),
             }
             for t in tasks for r in range(2) for e in range(2)
         ]  # fmt: skip
@@ -99,6 +100,10 @@ def folder(tmp_path, monkeypatch) -> Path:
                 }
             ),
         )
+        if cell["algorithm"] == "focal":  # the other kept no snapshots
+            learned = [{**row, "step": step, "return": row["return"] * step / 20} for row in rows if row["counted"]
+                       for step in (10, 20)]  # fmt: skip
+            write_table(target / "learning.parquet", pa.Table.from_pylist(learned))
         path = np.cumsum(np.full((10, 2), 0.1, np.float32), axis=0)
         write_table(
             target / "trajectories.parquet",
@@ -182,10 +187,31 @@ def test_a_swapped_dataset_keeps_the_names_of_dvcs_metrics(folder):
     assert found["trained_on"] == "step-2200"
 
 
+def test_learning_curves_are_means_over_unseen_tasks(folder):
+    frame = pd.read_csv(build(folder) / "plots/curves.csv")
+    assert set(frame["algorithm"]) == {"focal"}
+    own = frame[(frame["train"] == "step-4800") & (frame["test"] == "step-2200") & (frame["seed"] == 1)]
+    final = np.mean([value("focal", "step-4800", "step-2200", 1, t) for t in (4, 5)])
+    assert own["return"].tolist() == pytest.approx([final / 2, final])
+    assert own["step"].tolist() == [10, 20]
+
+
+def test_the_return_with_another_tasks_context_stands_beside(folder):
+    build(folder)
+    text = (folder / "reports/results.md").read_text()
+    head = next(line for line in text.splitlines() if line.startswith("| algorithm"))
+    place = [part.strip() for part in head.split("|")].index("wrong context")
+    rows = [line.split("|")[place].strip() for line in text.splitlines() if line.startswith("| focal")]
+    assert set(rows) == {"1.50"}
+    assert json.loads((folder / "reports/diagnostics.json").read_text())["focal"]["step-4800"]["step-4800"][
+        "wrong_context"
+    ] == pytest.approx(1.5)
+
+
 def test_the_table_has_published_numbers_drops_and_references(folder):
     text = (build(folder) / "results.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| focal | step-4800 | step-2200"))
-    assert [part.strip() for part in row.split("|")][8:12] == ["3.00", "", "4.00", "4.43"]
+    assert [part.strip() for part in row.split("|")][8:13] == ["3.00", "1.50", "", "4.00", "4.43"]
     assert row.endswith("| +2.71 |")
     assert "| *oracle* |" in text
     assert "Table 6" in text
@@ -227,15 +253,15 @@ def test_the_page_needs_nothing_else_and_shows_every_picture(folder):
     html = (reports / "index.html").read_text()
     files = [*(reports / "figures").iterdir(), *(reports / "pictures").iterdir()]
     pictures = sorted(path.stem for path in files)
-    expected = ["attention", "behavior", "context", "datasets", "embeddings", "improvement", "profiles", "results",
-                "sparsity", "trajectories", "training"]  # fmt: skip
+    expected = ["attention", "behavior", "context", "curves", "datasets", "embeddings", "improvement", "profiles",
+                "results", "sparsity", "trajectories", "training"]  # fmt: skip
     assert pictures == sorted(expected)
     assert html.count("data:image/png;base64,") == len(expected)
     links = re.findall(r'(?:src|href)="(?!data:)([^"]*)"', html)
     assert "results.csv" in links
     assert all((reports / link).is_file() for link in links), links
     assert "tmp" not in re.sub(r'data:image/png;base64,[^"]*', "", html)
-    assert {path.stem for path in (reports / "figures").iterdir()} == {"results", "trajectories"}  # for git
+    assert {path.stem for path in (reports / "figures").iterdir()} == {"results", "curves"}  # for git
     for path in files:
         width, height = struct.unpack(">II", path.read_bytes()[16:24])
         assert width == 990  # the same for all

@@ -111,7 +111,7 @@ class Pipeline:
         try:
             plan = json.loads((self.folder / "data/plan/cells.json").read_text())
             paths = {f"data/{kind}/{shard}" for kind in ("behavior", "rollouts") for shard in plan["shards"]}
-            paths |= {f"data/datasets/{name}" for name in plan["datasets"]}
+            paths |= {f"data/datasets/{name}" for name in [*plan["datasets"], *plan.get("pairs", [])]}
             paths |= {f"data/models/{m['algorithm']}/{m['train']}/{m['seed']}" for m in plan["models"]}
             return paths | {
                 f"data/evaluations/{e['algorithm']}/{e['train']}/{e['test']}/{e['seed']}" for e in plan["evaluations"]

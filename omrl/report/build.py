@@ -17,8 +17,8 @@ from omrl.envs.base import Family
 from omrl.report import ReportConfig, figures, page, scene, tables
 from omrl.report.published import TABLES
 
-_WITH_NUMBERS = ("results", "profiles", "improvement", "embeddings", "context", "training", "behavior")
-_KEPT = ("results", "trajectories", "embeddings")  # the first two that a report has go into git
+_WITH_NUMBERS = ("curves", "results", "profiles", "improvement", "embeddings", "context", "training", "behavior")
+_KEPT = ("results", "curves", "trajectories", "embeddings")  # the first two that a report has go into git
 
 
 def chain_of(folder: str | Path) -> dict[str, Any]:
@@ -117,6 +117,13 @@ def _pictures(
     normalized = tables.cell_scores(evaluations, "normalized")
     scores = tables.cell_scores(evaluations, "return")
     drawn: list[tuple[str, str, str, bytes | None]] = [
+        (
+            "curves",
+            "Learning curves",
+            "Return on unseen tasks against gradient steps: the mean of the seeds, and their range. Dotted lines: the "
+            "oracle, where it is known, and random actions.",
+            figures.learning_curves(evaluations, references, family.returns),
+        ),
         ("environment", "The environment", environment[0], environment[1] and figures.scene(environment[1])),
         (
             "results",
@@ -228,7 +235,7 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
         "seeds": len({e.seed for e in evaluations}),
         "protocol": evaluations[0].episodes["protocol"].iloc[0],
         "version": __version__,
-        "other_form": "Eq. 35" if family.config.resolved().get("sparse_reward") == "one-minus-distance" else "1 - d",
+        "other_form": "" if (other := family.restated()) is None else other.reward_form,
     }
     environment = scene.picture(family, tasks[0]["parameters"])
     curves = {} if scripted else progress  # nothing was learned
@@ -317,6 +324,7 @@ def _plots(
             [figures.embedding_frame(m[0], config.embedding).assign(cell="/".join(c)) for c, m in members.items()]
         ),
     )
+    write("curves", figures.learning_frame(evaluations))
     write("profiles", figures.profile_frame(tables.cell_scores(evaluations, "normalized")))
     write("improvement", figures.improvement_frame(tables.cell_scores(evaluations, "return")))
     write(

@@ -240,6 +240,51 @@ def training_curves(evaluations: list[Evaluation]) -> bytes:
     return _draw(2.1 * -(-len(names) // 4) + _legend_height(labels), paint)
 
 
+def learning_frame(evaluations: list[Evaluation]) -> pd.DataFrame:
+    """Return return on the unseen tasks against gradient steps: one row per algorithm, datasets, seed and snapshot."""
+    parts = []
+    for e in evaluations:
+        if e.learning is not None:
+            test = e.learning[e.learning["split"] == "test"]
+            mean = test.groupby("step")[["return", "normalized"]].mean().reset_index()
+            parts.append(mean.assign(algorithm=e.algorithm, train=e.train, test=e.test, seed=e.seed))
+    columns = ["algorithm", "train", "test", "seed", "step", "return", "normalized"]
+    return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def learning_curves(evaluations: list[Evaluation], references: dict[str, float], returns: str) -> bytes | None:
+    """Draw return on unseen tasks against gradient steps, a panel per pair of datasets: mean and range of the seeds."""
+    frame = learning_frame(evaluations)
+    if frame.empty:
+        return None
+    pairs = _matched_first(dict.fromkeys(zip(frame["train"], frame["test"], strict=True)))
+    names = list(dict.fromkeys(frame["algorithm"]))
+    lines = {name: value for name, value in references.items() if name in ("oracle", "random")}
+
+    def paint(figure: Figure) -> None:
+        columns = min(3, len(pairs))
+        panels = figure.subplots(-(-len(pairs) // columns), columns, squeeze=False, sharey=True).reshape(-1)
+        for axes, (train, test) in zip(panels, pairs, strict=False):
+            for place, name in enumerate(names):
+                own = frame[(frame["algorithm"] == name) & (frame["train"] == train) & (frame["test"] == test)]
+                if own.empty:
+                    continue
+                by_step = own.groupby("step")["return"]
+                color, style = _line(place)
+                axes.plot(by_step.mean().index, by_step.mean(), style, color=color, lw=1.8)
+                axes.fill_between(by_step.min().index, by_step.min(), by_step.max(), color=color, alpha=0.15, lw=0)
+            for value in lines.values():
+                axes.axhline(value, color="0.5", lw=0.9, ls=":")
+            axes.set_title(f"trained on {train}, context {test}", fontsize=9)
+            axes.set_xlabel("gradient steps")
+        for axes in panels[len(pairs) :]:
+            axes.set_visible(False)
+        panels[0].set_ylabel(f"{returns} return, unseen tasks")
+        _legend(figure, names)
+
+    return _draw(2.6 * -(-len(pairs) // min(3, len(pairs))) + _legend_height(names), paint)
+
+
 def behavior_curves(progress: dict[int, pd.DataFrame], references: dict[str, float], returns: str) -> bytes:
     """Draw each behavior policy's deterministic return against SAC steps, and their mean."""
 
@@ -276,18 +321,23 @@ def project(points: NDArray[np.float64], method: str) -> NDArray[np.float64]:
 
 
 def embedding_frame(evaluation: Evaluation, method: str) -> pd.DataFrame:
-    """Return the projected embeddings of one model: task, split, resample, x, y."""
+    """Return the projected embeddings of one model: task, split, resample, x, y; empty if it has none."""
     table = evaluation.embeddings
+    if table is None:
+        return pd.DataFrame(columns=["task", "split", "resample", "x", "y"])
     plane = project(np.stack(table["embedding"].to_list()).astype(np.float64), method)
     return table[["task", "split", "resample"]].assign(x=plane[:, 0], y=plane[:, 1])
 
 
-def embeddings(evaluations: list[Evaluation], method: str, color_of: dict[int, float], meaning: str) -> bytes:
-    """Draw the embeddings of every task's resampled contexts, one panel per cell (its first seed)."""
+def embeddings(evaluations: list[Evaluation], method: str, color_of: dict[int, float], meaning: str) -> bytes | None:
+    """Draw the embeddings of every task's resampled contexts, one panel per cell (its first seed); None without any."""
     first: dict[tuple[str, str, str], Evaluation] = {}
     for e in evaluations:
-        first.setdefault(e.cell, e)
+        if e.embeddings is not None:
+            first.setdefault(e.cell, e)
     chosen = list(first.values())[:9]
+    if not chosen:
+        return None
     columns = min(3, len(chosen))
 
     def paint(figure: Figure) -> None:

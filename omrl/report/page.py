@@ -196,6 +196,10 @@ def results_tables(
         *(Column(column.title, text=True) for column in _CELL),
         Column("IQM", "interquartile mean: without the lowest and the highest quarter of the runs"),
         Column("training tasks", "return on the tasks of meta-training"),
+        Column(
+            "wrong context",
+            "return of the same policies where they are told another unseen task; a method that uses its context falls",
+        ),
         Column("drop", "return with matching test context minus this one: the price of a shift in the context"),
         Column(f"as {facts['other_form']}", "return of the same episodes under the other form of the sparse reward"),
         Column("ESR", "share of pairs of training tasks whose embeddings are told apart (FOCAL, Table 1)"),
@@ -207,6 +211,7 @@ def results_tables(
             *map(_text, row.cell),
             _number(row.summary.iqm),
             _number(row.train_tasks),
+            _number(row.wrong),
             _number(tables.drop(row, list(rows))),
             _number(row.restated),
             _number(row.diagnostics.get("esr")),

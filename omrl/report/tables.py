@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from omrl.core import layout, seeding
-from omrl.core.files import read_json
+from omrl.core.files import read_json, read_manifest
 from omrl.data.parquet import read_table, verified
 from omrl.envs.base import Family
-from omrl.evaluation.evaluate import CURVE, DIAGNOSTICS, EMBEDDINGS, EPISODES, TRAJECTORIES
+from omrl.evaluation.evaluate import CURVE, DIAGNOSTICS, EMBEDDINGS, EPISODES, LEARNING, TRAJECTORIES
 from omrl.evaluation.statistics import Difference, Estimate, Summary, compare, improvement, summarize
 from omrl.report import ReportConfig
 from omrl.report.published import TABLES
@@ -32,10 +32,11 @@ class Evaluation:
     seed: int
     folder: Path
     episodes: pd.DataFrame
-    embeddings: pd.DataFrame
+    embeddings: pd.DataFrame | None  # None: the method has none
     trajectories: pd.DataFrame
     diagnostics: dict[str, Any]
     curve: pd.DataFrame
+    learning: pd.DataFrame | None = None  # counted episodes of the snapshots; None: none were kept
 
     @property
     def cell(self) -> Cell:
@@ -63,9 +64,10 @@ def load_evaluations(planned: list[dict[str, Any]]) -> list[Evaluation]:
     found = []
     for entry in planned:
         folder = evaluation_folder(entry)
-        episodes, embeddings, trajectories, diagnostics, curve = verified(
-            folder, [EPISODES, EMBEDDINGS, TRAJECTORIES, DIAGNOSTICS, CURVE]
-        )
+        names = [EPISODES, TRAJECTORIES, DIAGNOSTICS, CURVE]
+        optional = [name for name in (EMBEDDINGS, LEARNING) if name in read_manifest(folder)["files"]]
+        paths = dict(zip([*names, *optional], verified(folder, [*names, *optional]), strict=True))
+        further = {name: read_table(paths[name]).to_pandas() for name in optional}
         found.append(
             Evaluation(
                 entry["algorithm"],
@@ -73,11 +75,12 @@ def load_evaluations(planned: list[dict[str, Any]]) -> list[Evaluation]:
                 entry["test"],
                 entry["seed"],
                 folder,
-                read_table(episodes).to_pandas(),
-                read_table(embeddings).to_pandas(),
-                read_table(trajectories).to_pandas(),
-                read_json(diagnostics),
-                pd.read_csv(curve),
+                read_table(paths[EPISODES]).to_pandas(),
+                further.get(EMBEDDINGS),
+                read_table(paths[TRAJECTORIES]).to_pandas(),
+                read_json(paths[DIAGNOSTICS]),
+                pd.read_csv(paths[CURVE]),
+                further.get(LEARNING),
             )
         )
     return found
@@ -122,6 +125,7 @@ class Row:
     rivals: int = 0  # further algorithms with the same datasets
     wins: Estimate | None = None  # chance that a run beats one of the best algorithm on the same task
     spread: float | None = None  # published standard deviation
+    wrong: float | None = None  # the return with another task's context
 
 
 def _scores(evaluations: list[Evaluation], split: str, column: str) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -162,6 +166,7 @@ def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]
                 diagnostics[key] = float(np.mean(values))
         diagnostics |= _further_diagnostics(members)
         restated = float(_scores(members, "test", "restated_return").mean())
+        wrong = float(_scores(members, "test", "wrong_context_return").mean())
         rivals = [other for other in cells if other[1:] == cell[1:]]
         best = max(rivals, key=lambda other: score_of[other].mean())
         behind = wins = None
@@ -184,6 +189,7 @@ def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]
                 len(rivals) - 1,
                 wins,
                 spread.get(cell),
+                None if math.isnan(wrong) else wrong,
             )
         )
     return rows
@@ -275,6 +281,7 @@ def diagnostics(rows: list[Row]) -> dict[str, Any]:
                 "seed_means": {str(seed): mean for seed, mean in row.seed_means.items()},
                 "train_tasks_mean": row.train_tasks,
                 **({} if row.restated is None else {"restated": row.restated}),
+                **({} if row.wrong is None else {"wrong_context": row.wrong}),
                 **({} if row.behind is None else {"behind_best": vars(row.behind)}),
                 **({} if row.wins is None else {"beats_best": vars(row.wins)}),
                 **row.diagnostics,
@@ -319,8 +326,9 @@ def markdown(
     percent = f"{config.confidence:.0%}"
     rivals = any(row.behind is not None for row in rows)
     other_form = any(row.restated is not None for row in rows)
+    swapped = any(row.wrong is not None for row in rows)
     titles = ["algorithm", "trained on", "test context", "return", "interval", "IQM", "normalized", "drop"]
-    titles += ["behind the best"] * rivals + [f"as {facts['other_form']}"] * other_form
+    titles += ["wrong context"] * swapped + ["behind the best"] * rivals + [f"as {facts['other_form']}"] * other_form
     compared = TABLES[config.published].quantity if config.published else ""
     if config.published:
         titles += ["published", "ours - published"] if compared == "return" else [f"{compared}, published", compared]
@@ -330,6 +338,7 @@ def markdown(
         f"{facts['returns'].capitalize()} return over {facts['horizon']} steps on {facts['test_tasks']} unseen tasks, "
         f"{facts['seeds']} seed(s); protocol `{facts['protocol']}`. Interval: {percent} "
         "bootstrap over tasks and whole seeds." + (" Normalized: 0 random, 1 oracle." if "oracle" in references else "")
+        + (" Wrong context: the same policies, told another unseen task." if swapped else "")
         + (" Behind the best: paired over tasks; ~: not supported by these data." if rivals else ""),
         "",
         f"| {' | '.join(titles)} |",
@@ -342,6 +351,8 @@ def markdown(
             f"{row.summary.iqm:.2f}", "" if row.normalized is None else f"{row.normalized:.2f}",
             "" if shift is None else f"{shift:.2f}",
         ]  # fmt: skip
+        if swapped:
+            fields.append("" if row.wrong is None else f"{row.wrong:.2f}")
         if rivals:
             fields.append(behind_text(row))
         if other_form:
