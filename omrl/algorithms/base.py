@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_map
 from omrl.core import registry, seeding
 from omrl.core.config import Config, parse
 from omrl.core.errors import UserError
-from omrl.core.files import atomic_path, package_versions, read_json, write_json
+from omrl.core.files import MANIFEST, atomic_path, package_versions, read_json, verified, write_json
 from omrl.data.taskdata import TaskData
 from omrl.nets.experience import Experience
 
@@ -346,6 +346,8 @@ def load_model(folder: str | Path, device: str = "auto", tensors: str = MODEL) -
         UserError: a file is missing, damaged, or does not fit the other; the message names it.
     """
     folder = Path(folder)
+    if (folder / MANIFEST).is_file():
+        verified(folder, [CONFIG, tensors])
     saved = read_json(folder / CONFIG)
     hint = "restore it with 'dvc checkout', or rebuild it with 'dvc repro'"
     try:
