@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,10 +10,15 @@ import subprocess
 import sys
 import textwrap
 import time
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from omrl.algorithms.base import Spec, create, load_model, save_model
 from omrl.core import errors, files, parallel
 from omrl.core.errors import UserError
 
@@ -135,6 +141,95 @@ def test_one_process_at_a_time_and_the_other_is_named(tmp_path):
     assert not lock.exists()
     with files.alone(lock):
         pass
+
+
+# --- files that claim too much ------------------------------------------------------------------------------
+
+
+def limited(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``code``, after its imports, with room for half a gigabyte more."""
+    head = """
+import resource, sys
+from omrl.algorithms.base import load_model
+from omrl.behavior.checkpoints import load_actor
+from omrl.core.errors import run
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 29), size + (1 << 29)))
+"""
+    return subprocess.run(
+        [sys.executable, "-c", head + code, *map(str, arguments)], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def weights(weight: torch.Tensor) -> bytes:
+    layers = {"actor.latent_pi.0": weight, "actor.mu": torch.zeros(2, 4), "actor.log_std": torch.zeros(2, 4)}
+    state = OrderedDict()
+    for name, value in layers.items():
+        state[f"{name}.weight"], state[f"{name}.bias"] = value, torch.zeros(1).expand(len(value))
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def checkpoint(path: Path, policy: bytes, data: bytes = b"{}") -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("policy.pth", policy)
+        archive.writestr("data", data)
+    return path
+
+
+def repacked(policy: bytes, change: Callable[[str, bytes], bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(policy)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+    return buffer.getvalue()
+
+
+BOMBS = {
+    "expanded": lambda: weights(torch.zeros(1).expand(60_000, 60_000)),
+    "shape": lambda: repacked(
+        weights(torch.zeros(4, 2)), lambda name, x: x.replace(b"K\x04K\x02\x86", b"M\xff\xffM\xff\xff\x86")
+    ),
+    "inner zip": lambda: repacked(
+        weights(torch.zeros(4, 2)), lambda name, x: bytes(1 << 30) if name.endswith("data/0") else x
+    ),
+    "memo": lambda: repacked(
+        weights(torch.zeros(4, 2)),
+        lambda name, x: b"\x80\x02Nr\xff\xff\xff\x7f." if name.endswith("data.pkl") else x,
+    ),
+    "bytearray": lambda: repacked(
+        weights(torch.zeros(4, 2)),
+        lambda name, x: b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R." if name.endswith("data.pkl") else x,
+    ),
+    "zip": lambda: bytes(1 << 30),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_checkpoint_that_claims_too_much_is_refused_without_the_memory(tmp_path, name):
+    path = checkpoint(tmp_path / "step.zip", BOMBS[name]())
+    assert path.stat().st_size < 5_000_000
+    done = limited("run(lambda: load_actor(sys.argv[1]))", path)
+    assert done.returncode == 2
+    assert not any(part in done.stderr for part in ("not enough memory", "MemoryError", "RuntimeError"))
+    assert str(path) in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", [10**9, -1, "many", None])
+def test_a_model_of_impossible_sizes_is_refused_before_it_is_built(tmp_path, value):
+    algorithm = create("focal", {"width": 8, "encoder_width": 8}, Spec(2, 2, False), 0)
+    save_model(algorithm, tmp_path, "focal", "focal")
+    load_model(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    saved["spec"]["observation"] = value
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    done = limited("run(lambda: load_model(sys.argv[1]))", tmp_path)
+    assert done.returncode == 2
+    assert "config.json: spec.observation = " in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 # --- programs -----------------------------------------------------------------------------------------------
