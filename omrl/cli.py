@@ -11,7 +11,7 @@ import typer
 
 from omrl import __version__
 from omrl.core import registry
-from omrl.core.errors import UserError, run
+from omrl.core.errors import UserError, run, shown
 
 app = typer.Typer(
     add_completion=False,
@@ -90,7 +90,7 @@ def data(path: Annotated[Path, typer.Argument(help="a dataset folder or a Parque
     """Show a dataset's card: rows, returns by checkpoint, ranges."""
     from omrl.data.cards import describe
 
-    print(describe(path))
+    print(shown(describe(path)))
 
 
 @app.command()
@@ -123,7 +123,7 @@ def lineage(
     if inside and (Path(name).exists() or {"data", "reports"} & set(Path(name).parts)):
         name = full.relative_to(top).as_posix()
     result = trace(Pipeline(folder), f"{name}{colon}{rest}", row)
-    print(json.dumps(result, indent=1, sort_keys=True) if as_json else tree(result))
+    print(json.dumps(result, indent=1, sort_keys=True) if as_json else shown(tree(result)))
     if result["problems"]:
         raise typer.Exit(1)
 
@@ -141,13 +141,13 @@ def verify(
         raise UserError("no dvc.lock here or in pipelines/*; run 'dvc repro' first, or name a folder with --pipeline")
     total = 0
     for folder in folders:
-        built = Pipeline(folder)
         if pipeline is None and not (folder / "data").is_dir():
             print(f"{folder}: not built here (no data/), skipped")
             continue
+        built = Pipeline(folder)
         checked, damage = verify_pipeline(built)
         for entry in damage:
-            print(f"DAMAGED {entry}")
+            print(f"DAMAGED {shown(str(entry))}")
         total += len(damage)
         print(f"{folder}: {checked} files and cache objects checked, {len(damage)} damaged")
     if total:

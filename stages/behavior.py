@@ -7,8 +7,8 @@ import sys
 
 from omrl.behavior.base import build_shard
 from omrl.core import layout
-from omrl.core.errors import run
 from omrl.experiment import load
+from stages import run
 
 
 def main() -> None:

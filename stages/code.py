@@ -6,10 +6,11 @@ from pathlib import Path
 
 from omrl.behavior.base import ENGINES
 from omrl.core import layout, registry
-from omrl.core.errors import UserError, run
+from omrl.core.errors import UserError
 from omrl.core.files import atomic_dir, write_json
 from omrl.experiment import load
 from omrl.provenance.fingerprint import fingerprint
+from stages import run
 
 
 def main() -> None:

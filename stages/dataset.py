@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 from omrl.core import layout
-from omrl.core.errors import run
-from omrl.core.files import read_json
+from omrl.core.files import read_input
 from omrl.data.build import build_level
 from omrl.experiment import load
+from stages import run
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
         rows=params.dataset.transitions_per_task,
         family=params.family,
         seed=params.seed,
-        shards=read_json(layout.SHARDS)["shards"],
+        shards=read_input(layout.SHARDS)["shards"],
         code=[layout.code("stages", "dataset"), layout.code("envs", params.env)],
         target=layout.datasets(name),
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 from omrl.core import layout
-from omrl.core.errors import run
 from omrl.evaluation.evaluate import build_evaluation
 from omrl.experiment import load
+from stages import run
 
 
 def main() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 from omrl.core import layout
-from omrl.core.errors import run
 from omrl.data.pairs import sources
 from omrl.experiment import load
 from omrl.learning.train import build_model, spec_of
+from stages import run
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""Write down the cells that params.yaml asks for, and remove outputs of cells it no longer asks for.
+"""Check all of params.yaml, write down the cells it asks for, and remove outputs of cells it no longer asks for.
+
+Every other stage depends on ``checked.json``, which never changes, so that this one comes first: DVC takes a
+stage's outputs away before its command can refuse params.yaml.
 
 Stages that read every cell (dataset, report) depend on the parent folder of the cells. A cell left over from
 earlier params would change that folder's hash, and swapping a dataset level back would then not find the
@@ -11,9 +14,9 @@ import shutil
 from pathlib import Path
 
 from omrl.core import layout
-from omrl.core.errors import run
-from omrl.core.files import write_json
+from omrl.core.files import write_json, write_manifest
 from omrl.experiment import cells, check
+from stages import run
 
 
 def prune(folder: Path, keep: set[Path]) -> None:
@@ -30,15 +33,18 @@ def prune(folder: Path, keep: set[Path]) -> None:
 
 
 def main() -> None:
-    """Write data/plan/shards.json and data/plan/cells.json; prune."""
+    """Write data/plan/; prune."""
     check()
     plan = cells()
     prune(layout.DATA / "behavior", {layout.behavior(shard) for shard in plan["shards"]})
     prune(layout.DATA / "rollouts", {layout.rollouts(shard) for shard in plan["shards"]})
     prune(layout.DATA / "datasets", {layout.datasets(name) for name in [*plan["datasets"], *plan["pairs"]]})
     prune(layout.DATA / "evaluations", {layout.evaluations(**cell) for cell in plan["evaluations"]})
-    write_json(layout.SHARDS, {"shards": plan["shards"]})
-    write_json(layout.CELLS, plan)
+    contents = {"shards.json": {"shards": plan["shards"]}, "cells.json": plan, "checked.json": {"sound": True}}
+    folder = layout.DATA / "plan"
+    for name, content in contents.items():
+        write_json(folder / name, content)
+    write_manifest(folder, kind="plan", inputs={}, parameters={}, files=dict.fromkeys(contents), packages=("pyyaml",))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from omrl.core.errors import run
 from omrl.experiment import load
 from omrl.report.build import build_report
+from stages import run
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from omrl.core import layout
-from omrl.core.errors import run
-from omrl.core.files import atomic_dir, write_json
+from omrl.core.files import atomic_dir, input_hashes, write_json, write_manifest
 from omrl.experiment import load
+from stages import run
 
 
 def main() -> None:
@@ -33,6 +33,14 @@ def main() -> None:
         for shard, (first, last) in params.shards.items():
             members = [{"index": i, "parameters": tasks[i]} for i in range(first, last + 1)]
             write_json(folder / layout.tasks(shard).name, {**head, "tasks": members})
+        write_manifest(
+            folder,
+            kind="tasks",
+            inputs=input_hashes(layout.code("stages", "tasks"), layout.code("envs", params.env)),
+            parameters={"env": params.env, "env_config": params.env_config, "tasks": params.tasks.resolved()},
+            files={path.name: None for path in (layout.TASKS, *map(layout.tasks, params.shards))},
+            packages=("numpy",),
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import SMOKE, Project
 
+from omrl.core.files import write_manifest
 from omrl.data.parquet import read_transitions
 from omrl.provenance.lockfile import Pipeline, md5_of
 
@@ -186,6 +188,91 @@ def test_verify_names_a_damaged_listing(project):
     done = project.omrl("verify", "--pipeline", SMOKE, check=False)
     assert done.returncode == 1
     assert listing.name in done.stdout
+
+
+def test_verify_names_what_is_gone_from_the_lock(project):
+    lock = project.smoke / "dvc.lock"
+    text = lock.read_text()
+    lock.write_text(text[: text.index("  meta_train@focal-relabelled-0:")])
+    done = project.omrl("verify", "--pipeline", SMOKE, check=False)
+    assert done.returncode == 1
+    for path in ("data/models/focal/relabelled/0", "data/evaluations/focal/expert/expert/0", "reports/metrics.json"):
+        assert f"pipelines/smoke/dvc.lock: does not record {path}" in done.stdout
+
+
+def test_verify_names_a_changed_digit_of_the_lock(project):
+    """Of every kind of entry, one after the other."""
+    lock = project.smoke / "dvc.lock"
+    text = lock.read_text()
+    start = text.index("  meta_train@focal-expert-0:")
+    for pattern, part in (
+        (r"- path: data/datasets/expert\n\s+hash: md5\n\s+md5: .*?(\d)", "from another data/datasets/expert"),
+        (
+            r"- path: data/datasets/expert\n\s+hash: md5\n\s+md5: .*\n\s+size: (\d)",
+            "another size of data/datasets/expert",
+        ),
+        (r"steps: (\d)", "meta_train@focal-expert-0: meta_train = "),
+        (r"data/models/focal/expert/0\n\s+hash: md5\n\s+md5: .*?(\d)", "data/models/focal/expert/0"),
+        (r"data/models/focal/expert/0\n.*\n.*\n\s+size: .*\n\s+nfiles: (\d)", "files of data/models/focal/expert/0"),
+        (r"cmd: python -m stages.meta_train focal expert (\d)", "has the command"),
+    ):
+        found = re.compile(pattern).search(text, start)
+        assert found is not None, pattern
+        digit = "3" if found[1] != "3" else "4"
+        lock.write_text(text[: found.start(1)] + digit + text[found.end(1) :])
+        done = project.omrl("verify", "--pipeline", SMOKE, check=False)
+        assert done.returncode == 1, pattern
+        assert part in done.stdout, pattern
+    lock.write_text(text)
+    assert "0 damaged" in project.omrl("verify", "--pipeline", SMOKE).stdout
+
+
+def test_verify_goes_on_after_what_it_cannot_read(project):
+    unreadable = project.smoke / "data/models/focal/expert/0/curve.csv"
+    unreadable.unlink()
+    unreadable.symlink_to("/proc/self/mem")
+    damage(project.smoke / "reports/results.csv")
+    done = project.omrl("verify", "--pipeline", SMOKE, check=False)
+    assert done.returncode == 1
+    assert "data/models/focal/expert/0/curve.csv: unreadable" in done.stdout
+    assert "reports/results.csv: modified" in done.stdout
+
+
+def test_verify_looks_at_the_cache_objects_of_reports(project):
+    pipeline = Pipeline(project.smoke)
+    for path in ("reports/metrics.json", "reports/figures"):
+        place = pipeline.object_path(pipeline.output_of(path).md5)
+        damage(place, b"x")
+        done = project.omrl("verify", "--pipeline", SMOKE, check=False)
+        assert done.returncode == 1, path
+        assert place.name in done.stdout
+
+
+def test_verify_names_a_result_made_from_something_else(project):
+    manifest = project.smoke / "data/evaluations/focal/expert/expert/0/manifest.json"
+    model = project.smoke / "data/models/focal/expert/0"
+    files = json.loads((model / "manifest.json").read_text())
+    write_manifest(model, kind="model", inputs={}, parameters={}, files=dict.fromkeys(files["files"]))
+    assert manifest.is_file()
+    done = project.omrl("verify", "--pipeline", SMOKE, check=False)
+    assert "evaluations/focal/expert/expert/0: made from another data/models/focal/expert/0" in done.stdout
+
+
+@pytest.mark.parametrize("content", ["stages:\n  x: " + "9" * 5000, "[" * 3000, "schema: '2.0'\nstages: {x: {cmd: 3}}"])
+def test_a_lock_that_dvc_did_not_write_is_one_line(project, content):
+    (project.smoke / "dvc.lock").write_text(content)
+    done = project.omrl("verify", "--pipeline", SMOKE, check=False)
+    assert done.returncode == 2
+    assert "pipelines/smoke/dvc.lock: damaged" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_nothing_raw_reaches_the_terminal(project):
+    odd = "data/datasets/expert/\x1b[31mred\u202e"
+    (project.smoke / odd).write_text("x")
+    done = project.omrl("verify", "--pipeline", SMOKE, check=False)
+    assert r"expert/\x1b[31mred\u202e: not part" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
 
 
 def test_check_list_data_and_version(built):

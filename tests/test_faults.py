@@ -110,6 +110,61 @@ def test_damaged_and_missing_inputs_are_named(project):
     assert project.omrl("verify", "--pipeline", SMOKE).returncode == 0
 
 
+DAMAGED = [
+    ("data/models/focal/expert/0/model.safetensors", "evaluate@focal-expert-expert-0"),
+    ("data/models/focal/expert/0/config.json", "evaluate@focal-expert-expert-0"),
+    ("data/models/focal/expert/0/curve.csv", "evaluate@focal-expert-expert-0"),
+    ("data/models/focal/expert/0/manifest.json", "evaluate@focal-expert-expert-0"),
+    ("data/tasks/all.json", "dataset@expert"),
+    ("data/tasks/000-003.json", "behavior@000-003"),
+    ("data/behavior/000-003/task=001/progress.csv", "report"),
+    ("data/datasets/mixed/card.json", "report"),
+    ("data/evaluations/focal/expert/expert/0/curve.csv", "report"),
+    ("data/plan/cells.json", "report"),
+]
+
+
+def test_a_bit_that_dvc_does_not_see_is_refused_by_name(project):
+    """The file keeps its time, so that DVC believes that it is what it was."""
+    before = project.lock
+    for name, cell in DAMAGED:
+        path = project.smoke / name
+        facts, content = path.stat(), path.read_bytes()
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 1
+        path.write_bytes(bytes(flipped))
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        command = ["python", "-m", f"stages.{cell.partition('@')[0]}", *ARGUMENTS.get(cell, [])]
+        done = project.run(*command, cwd=project.smoke, check=False)
+        assert done.returncode == 2, name
+        assert f"error: {name}: damaged" in done.stderr, done.stderr
+        path.write_bytes(content)
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert project.lock == before
+    assert project.omrl("verify", "--pipeline", SMOKE).returncode == 0
+    assert project.run("git", "status", "--porcelain").stdout == ""
+
+
+ARGUMENTS = {
+    "evaluate@focal-expert-expert-0": ["focal", "expert", "expert", "0"],
+    "dataset@expert": ["expert"],
+    "behavior@000-003": ["000-003"],
+}
+
+
+def test_a_refused_params_file_takes_nothing_away(project):
+    before = sorted(project.smoke.rglob("*"))
+    project.edit_params("total_steps: 200", "totl_steps: 200")
+    done = project.run("dvc", "repro", f"{SMOKE}/dvc.yaml", check=False)
+    assert done.returncode != 0
+    assert (
+        "error: params.yaml: behavior.totl_steps: unknown key; did you mean 'total_steps'?" in done.stdout + done.stderr
+    )
+    assert sorted(project.smoke.rglob("*")) == before
+    project.edit_params("totl_steps: 200", "total_steps: 200")
+    assert project.repro().nothing
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 1 MB, where this user may mount one."""

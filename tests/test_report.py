@@ -52,6 +52,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     write_json("data/plan/cells.json", {"evaluations": evaluations, "datasets": LEVELS, "shards": {"all": [0, 5]}})
     for i in range(6):
         write_text(f"data/behavior/all/task={i:03d}/progress.csv", f"step,return\n0,0\n100,{5 + i}\n")
+    curves = {f"task={i:03d}/progress.csv": None for i in range(6)}
+    write_manifest("data/behavior/all", kind="behavior", inputs={}, parameters={}, files=curves)
     for name in LEVELS:
         checkpoint = {"rows": 60, "episodes": 6, "return": {"mean": 9.5}, "normalized_mean": 0.7}
         write_json(

@@ -22,15 +22,15 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from omrl.core import registry, seeding
 from omrl.core.config import Config, parse
-from omrl.core.errors import UserError
-from omrl.core.files import atomic_path, package_versions, read_json, write_json
+from omrl.core.errors import UserError, shown
+from omrl.core.files import MANIFEST, atomic_path, package_versions, read_json, verified, write_json
 from omrl.data.taskdata import TaskData
 from omrl.nets.experience import Experience
 
@@ -346,15 +346,37 @@ def load_model(folder: str | Path, device: str = "auto", tensors: str = MODEL) -
         UserError: a file is missing, damaged, or does not fit the other; the message names it.
     """
     folder = Path(folder)
+    if (folder / MANIFEST).is_file():
+        verified(folder, [CONFIG, tensors])
     saved = read_json(folder / CONFIG)
     hint = "restore it with 'dvc checkout', or rebuild it with 'dvc repro'"
     try:
         spec, name, config, seed = Spec(**saved["spec"]), saved["algorithm"], saved["config"], saved["seed"]
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{folder / CONFIG}: not the configuration of a model; {hint}") from None
+    _check_widths(spec, folder / CONFIG, folder / tensors)
     algorithm = create(name, config, spec, seed, device, f"{folder / CONFIG}: config")
     load_tensors(algorithm, folder / tensors)
     return algorithm
+
+
+def _check_widths(spec: Spec, config: Path, path: Path) -> None:
+    """Raise unless ``spec`` has widths that the tensors of ``path`` can have: networks are not built on a claim."""
+    hint = "restore it with 'dvc checkout', or rebuild it with 'dvc repro'"
+    if not path.is_file():
+        raise UserError(f"{path}: missing; {hint}")
+    try:
+        with safe_open(path, "pt") as file:  # shapes only
+            widest = max((n for key in file.keys() for n in file.get_slice(key).get_shape()), default=0)  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error}); {hint}") from None
+    for key in ("observation", "action"):
+        value = getattr(spec, key)
+        if not (isinstance(value, int) and 1 <= value <= widest):
+            raise UserError(
+                f"{config}: spec.{key} = {shown(value)}: expected a width of 1..{widest}, the largest in {path.name}; "
+                f"{hint}"
+            )
 
 
 def load_tensors(algorithm: Algorithm, path: Path) -> None:
@@ -364,6 +386,8 @@ def load_tensors(algorithm: Algorithm, path: Path) -> None:
         UserError: the file is missing, damaged, or another configuration's.
     """
     hint = "restore it with 'dvc checkout', or rebuild it with 'dvc repro'"
+    if not path.is_file():
+        raise UserError(f"{path}: missing; {hint}")
     if not path.is_file():
         raise UserError(f"{path}: missing; {hint}")
     try:

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from omrl.core import layout, seeding
 from omrl.core.config import Config
-from omrl.core.files import atomic_dir, canonical, input_hashes, read_json, scratch, write_manifest
+from omrl.core.files import atomic_dir, canonical, input_hashes, read_input, scratch, write_manifest
 
 PROGRESS = "progress.csv"
 SCRIPT = "script.json"  # what acts where nothing is trained
@@ -253,7 +253,7 @@ def build_shard(
         target: ``data/behavior/<shard>``.
     """
     tasks_file = layout.tasks(shard)
-    tasks = read_json(tasks_file)["tasks"]
+    tasks = read_input(tasks_file)["tasks"]
     resolved = config.resolved()
     key = {
         "shard": shard,

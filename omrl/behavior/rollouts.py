@@ -17,7 +17,7 @@ from omrl.behavior.base import SCRIPT, SCRIPT_STEPS, checkpoint_name, replay_nam
 from omrl.core import layout, seeding
 from omrl.core.config import Config
 from omrl.core.errors import UserError
-from omrl.core.files import atomic_dir, input_hashes, read_json, scratch, sha256, write_manifest
+from omrl.core.files import atomic_dir, input_hashes, read_input, read_manifest, scratch, sha256, write_manifest
 from omrl.core.parallel import run_tasks
 from omrl.data.parquet import (
     read_table,
@@ -369,7 +369,7 @@ def build_shard(
         UserError: a checkpoint is missing or damaged.
     """
     tasks_file, behavior = layout.tasks(shard), layout.behavior(shard)
-    tasks = read_json(tasks_file)["tasks"]
+    tasks = read_input(tasks_file)["tasks"]
     inputs = input_hashes(tasks_file, behavior, *code)
     steps, run_seeds = _inputs(behavior, [t["index"] for t in tasks], config)
     parameters = {"env": env, "env_config": env_config, "rollouts": config.resolved(), "seed": seed}
@@ -405,7 +405,7 @@ def _inputs(behavior: Path, tasks: Sequence[int], config: RolloutsConfig) -> tup
     Raises:
         UserError: a file is missing or damaged, or was made by another kind of engine.
     """
-    facts = read_json(behavior / "manifest.json")["parameters"]
+    facts = read_manifest(behavior)["parameters"]
     trained = facts["behavior"]
     scripted = config.source == "scripted"
     if (trained.get("engine") == "scripted") != scripted:

@@ -1,4 +1,8 @@
-"""Files that are whole or absent: temporary name first, then one rename; hashes and manifests."""
+"""Files that are whole or absent: temporary name first, then one rename; hashes and manifests.
+
+What a stage reads it compares with the manifest beside it first (``input_hashes``): DVC's cache and its record of
+what it has seen do not notice a bit that a disk turned.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,10 @@ from omrl.core import layout
 from omrl.core.errors import UserError
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_DIGEST = "sha256"  # key in a manifest: of all its other keys
+_RESTORE = "restore it with 'dvc checkout', or rebuild it with 'dvc repro'"
+_DEEPEST = 100  # levels of a JSON file
 
 
 def _temporary(path: Path) -> Path:
@@ -80,19 +87,43 @@ def alone(path: str | Path) -> Iterator[None]:
     """Hold the lock file ``path``; the kernel lets go of it when this process ends, however it ends.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it; the message has its number.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as stream:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{path}: another process is at this work, left over from a killed 'dvc repro' perhaps; "
-                "wait until it ends, or end it, and run again"
-            ) from None
-        yield
+            stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - the next line closes it
+        except FileNotFoundError:
+            continue  # another process has just removed the empty folder
+        with stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.seek(0)
+                number = stream.read(20).strip()
+                who = f"process {number}" if number.isascii() and number.isdigit() else "another process"
+                raise UserError(
+                    f"{path}: {who} is at this work, left over from a killed 'dvc repro' perhaps; "
+                    "wait until it ends, or end it, and run again"
+                ) from None
+            if not _same_file(stream.fileno(), path):
+                continue  # its last holder removed it between our opening and locking
+            stream.truncate(0)
+            stream.write(f"{os.getpid()}\n")
+            stream.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -119,14 +150,29 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: it is missing or is not JSON; the message names the file.
+        UserError: it is missing, cannot be read or is not JSON of at most 100 levels; the message names the file.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: missing; run 'dvc repro' to build it") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged, expected JSON ({error}); restore it with 'dvc checkout'") from None
+    if _levels(value) > _DEEPEST:
+        raise UserError(f"{path}: damaged, more than {_DEEPEST} levels of JSON; restore it with 'dvc checkout'")
+    return value
+
+
+def _levels(value: Any) -> int:
+    """Return how deep ``value`` is nested, without recursion."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        level = [entry for part in parts for entry in part]
+    return depth
 
 
 def sha256(path: str | Path) -> str:
@@ -169,26 +215,79 @@ def write_manifest(
         name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size, "rows": rows}
         for name, rows in files.items()
     }
-    write_json(
-        folder / MANIFEST,
-        {
-            "schema_version": SCHEMA_VERSION,
-            "kind": kind,
-            "inputs": dict(inputs),
-            "parameters": dict(parameters),
-            "packages": package_versions(*packages),
-            "files": entries,
-            **(extra or {}),
-        },
-    )
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "inputs": dict(inputs),
+        "parameters": dict(parameters),
+        "packages": package_versions(*packages),
+        "files": entries,
+        **(extra or {}),
+    }
+    write_json(folder / MANIFEST, {**manifest, _DIGEST: _digest(manifest)})
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    kept = {key: value for key, value in manifest.items() if key != _DIGEST}
+    return hashlib.sha256(canonical(kept).encode()).hexdigest()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Read ``folder/manifest.json``; UserError names it when missing or damaged."""
-    manifest = read_json(Path(folder) / MANIFEST)
-    if not isinstance(manifest, dict) or not {"kind", "inputs", "files", "parameters"} <= manifest.keys():
-        raise UserError(f"{Path(folder) / MANIFEST}: not a manifest of OMRL; restore it with 'dvc checkout'")
+    """Read ``folder/manifest.json``; UserError names it when missing, damaged or of another form."""
+    path = Path(folder) / MANIFEST
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not {"kind", "inputs", "files", "parameters", "packages"} <= manifest.keys():
+        raise UserError(f"{path}: not a manifest of OMRL; restore it with 'dvc checkout'")
+    try:
+        whole = manifest.get(_DIGEST) == _digest(manifest)
+    except ValueError:  # a NaN
+        whole = False
+    if not whole:
+        raise UserError(
+            f"{path}: damaged, its content is not what its own SHA-256 says; restore it with 'dvc checkout'"
+        )
     return manifest
+
+
+def verified(folder: str | Path, names: Iterable[str] | None = None) -> list[Path]:
+    """Return the paths of ``names`` in ``folder`` after comparing each with the folder's manifest.
+
+    It costs one pass of SHA-256 over the bytes (about 1.5 GB/s), once per process while the file stays as it is.
+
+    Args:
+        folder: an output folder.
+        names: files in it; None for all that its manifest lists.
+
+    Raises:
+        UserError: a file is missing or is not what the manifest recorded; the message names it.
+    """
+    folder = Path(folder)
+    entries = read_manifest(folder)["files"]
+    paths = []
+    for name in entries if names is None else names:
+        path = folder / name
+        if name not in entries:
+            raise UserError(f"{path}: not in {folder / MANIFEST}; it does not belong to this folder")
+        if not path.is_file():
+            raise UserError(f"{path}: missing; {_RESTORE}")
+        if _known_sha256(path) != entries[name]["sha256"]:
+            raise UserError(
+                f"{path}: damaged, its SHA-256 is not the one in {folder / MANIFEST}; delete it and run 'dvc checkout'"
+            )
+        paths.append(path)
+    return paths
+
+
+_known: dict[tuple[int, ...], str] = {}
+
+
+def _known_sha256(path: Path) -> str:
+    """Return ``sha256(path)``, taken once per process of a file that the system says has not changed since."""
+    facts = path.stat()
+    key = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+    if key not in _known:
+        _known[key] = sha256(path)
+    return _known[key]
 
 
 def input_hash(path: str | Path) -> str:
@@ -201,8 +300,27 @@ def input_hash(path: str | Path) -> str:
 
 
 def input_hashes(*paths: str | Path) -> dict[str, str]:
-    """Return ``{path: input_hash(path)}`` with POSIX paths as written."""
+    """Verify what a stage is about to read and return ``{path: input_hash(path)}`` with POSIX paths as written.
+
+    Every file of a folder is compared with its manifest, a single file with the manifest beside it if there is one.
+    Parquet files are left to those who read some of them (``verified``): a dataset holds tasks that training leaves
+    alone.
+
+    Raises:
+        UserError: a file is missing or damaged; the message names it.
+    """
+    for path in map(Path, paths):
+        if path.is_dir():
+            verified(path, [name for name in read_manifest(path)["files"] if not name.endswith(".parquet")])
+        elif (path.parent / MANIFEST).is_file():
+            verified(path.parent, [path.name])
     return {Path(path).as_posix(): input_hash(path) for path in paths}
+
+
+def read_input(path: str | Path) -> Any:
+    """Read a JSON file, compared first with the manifest beside it if there is one."""
+    input_hashes(path)
+    return read_json(path)
 
 
 @contextlib.contextmanager
@@ -227,4 +345,3 @@ def scratch(stage: str, key_parts: Any, packages: tuple[str, ...]) -> Iterator[P
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
         remove_dir(folder)
-        lock.unlink()

@@ -6,12 +6,15 @@ die with their parent, so that a killed stage leaves nothing running.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from typing import Any
 
 from omrl.core.errors import UserError, die_with_parent, explain
@@ -32,8 +35,8 @@ def worker_count(workers: int | None = None) -> int:
     text = os.environ.get("OMRL_WORKERS", "")
     if not text:
         return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    if not text.isdigit() or int(text) < 1:
-        raise UserError(f"environment variable OMRL_WORKERS = {text!r}: expected a positive integer")
+    if not (text.isascii() and text.isdigit() and len(text) < 6 and int(text) >= 1):
+        raise UserError(f"environment variable OMRL_WORKERS = {text!r}: expected a positive integer below 100000")
     return int(text)
 
 
@@ -107,6 +110,17 @@ def _start_worker(parent: int, reported: Any) -> None:
     _reported = reported
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back what a terminal or a batch system sends to a whole group; processes started meanwhile inherit that."""
+    held = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _run_pool(
     function: Callable[..., Any],
     arguments: Sequence[tuple[Any, ...]],
@@ -115,10 +129,22 @@ def _run_pool(
     reports: bool,
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    reported, shown = context.Value("q", 0), 0
-    pool = ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(os.getpid(), reported))
-    pending: set[Future[str | None]] = {pool.submit(_call, function, args) for args in arguments}
+    pool: ProcessPoolExecutor | None = None
+    pending: set[Future[str | None]] = set()
+    shown = 0
     try:
+        with _signals_held():
+            resource_tracker.ensure_running()  # without a hang-up; the other signals it ignores itself
+        with _signals_held():  # what starts here never gets them: this process tells its workers to end
+            try:
+                reported = context.Value("q", 0)
+                pool = ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(os.getpid(), reported))
+            except OSError as error:
+                raise UserError(
+                    f"no semaphores for worker processes ({error.strerror}); expected /dev/shm to exist and to be "
+                    "writable"
+                ) from None
+            pending = {pool.submit(_call, function, args) for args in arguments}
         while pending:
             done, pending = wait(pending, _LOOK_S if reports else None, return_when=FIRST_COMPLETED)
             if reports and reported.value > shown:
@@ -138,7 +164,8 @@ def _run_pool(
     finally:
         for future in pending:
             future.cancel()
-        processes = list((pool._processes or {}).values()) if pending else []
-        for process in processes:  # a failure or an interrupt: do not wait for the others
-            process.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
+        if pool is not None:
+            processes = list((pool._processes or {}).values()) if pending else []
+            for process in processes:  # a failure or a signal: do not wait for the others
+                process.kill()
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from omrl.behavior.rollouts import EPISODES
 from omrl.core import layout
-from omrl.core.files import atomic_dir, input_hashes, read_json, read_manifest, sha256, write_json, write_manifest
+from omrl.core.files import atomic_dir, input_hashes, read_input, read_manifest, sha256, write_json, write_manifest
 from omrl.core.progress import Progress
 from omrl.data import quality, relabel
 from omrl.data.cards import CardBuilder
@@ -70,7 +70,7 @@ def build_level(
     Raises:
         UserError: the rollouts cannot give this level, or a file is damaged.
     """
-    rows_of = {row["index"]: row for row in read_json(layout.TASKS)["tasks"]}
+    rows_of = {row["index"]: row for row in read_input(layout.TASKS)["tasks"]}
     sources = [layout.rollouts(shard) for shard in shards]
     card = CardBuilder(name, "level", level.resolved())
     with atomic_dir(target) as folder, Progress(len(rows_of), f"dataset {name}", "tasks") as progress:
@@ -160,7 +160,7 @@ def build_relabelled(
         UserError: tasks differ in their dynamics, the source is too small or damaged.
     """
     own = family.relabelled(config.env_config, f"params.yaml: relabel.{name}")
-    tasks = read_json(layout.TASKS)["tasks"]
+    tasks = read_input(layout.TASKS)["tasks"]
     merged, checkpoints = _merged(config, rows, family, seed, tasks)
     card = CardBuilder(name, "relabelled", config.resolved())
     with atomic_dir(target) as folder, Progress(len(tasks), f"relabel {name}", "tasks") as progress:

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from omrl.core.errors import UserError
-from omrl.core.files import MANIFEST, atomic_path, canonical, read_manifest, sha256
+from omrl.core.files import atomic_path, canonical
+from omrl.core.files import verified as verified  # for those who read tables
 from omrl.data.schema import SCHEMA_VERSION, Columns, check, concatenate, from_table, take, to_table
 
 _FOOTER = b"omrl"
@@ -149,28 +150,3 @@ def _transitions(path: str | Path) -> Iterator[None]:
     except (ValueError, pa.ArrowException) as error:
         hint = "restore it with 'dvc checkout', or rebuild it with 'dvc repro'"
         raise UserError(f"{path}: not a file of transitions, or damaged ({error}); {hint}") from None
-
-
-def verified(folder: str | Path, names: list[str]) -> list[Path]:
-    """Return the paths of ``names`` in ``folder`` after comparing each with the folder's manifest.
-
-    It costs one pass of SHA-256 over the bytes (about 1.5 GB/s) and covers what page checksums do not.
-
-    Raises:
-        UserError: a file is missing or is not what the manifest recorded; the message names it.
-    """
-    entries = read_manifest(folder)["files"]
-    paths = []
-    for name in names:
-        path = Path(folder) / name
-        if name not in entries:
-            raise UserError(f"{path}: not in {Path(folder) / MANIFEST}; it does not belong to this dataset")
-        if not path.is_file():
-            raise UserError(f"{path}: missing; restore it with 'dvc checkout', or rebuild it with 'dvc repro'")
-        if sha256(path) != entries[name]["sha256"]:
-            raise UserError(
-                f"{path}: damaged, its SHA-256 is not the one in {Path(folder) / MANIFEST}; "
-                "delete it and run 'dvc checkout'"
-            )
-        paths.append(path)
-    return paths

@@ -30,12 +30,14 @@ class Output:
         md5: of the file, or of the folder's listing, ending in ``.dir``.
         size: bytes.
         stage: the cell that wrote it.
+        files: how many in a folder; None for a file.
     """
 
     path: str
     md5: str
     size: int
     stage: str
+    files: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,40 @@ class Stage:
     deps: dict[str, str]  # path -> md5
     params: dict[str, Any]
     outs: list[Output] = field(default_factory=list)
+    sizes: dict[str, tuple[int, int | None]] = field(default_factory=dict)  # dep -> bytes, files of a folder
+
+
+def parse_lock(content: bytes) -> dict[str, Stage]:
+    """Return the cells of a dvc.lock, by name.
+
+    Raises:
+        ValueError: it is none, or damaged.
+    """
+    stages: dict[str, Stage] = {}
+    try:
+        raw = yaml.load(content.decode(), Loader=Loader)
+        if raw["schema"] != "2.0":
+            raise ValueError("schema")
+        for name, entry in raw["stages"].items():
+            if any(item.get("hash", "md5") != "md5" for item in [*entry.get("deps", []), *entry.get("outs", [])]):
+                raise ValueError("hash")
+            outs = [
+                Output(_text(o["path"]), _text(o["md5"]), int(o.get("size", 0)), name, o.get("nfiles"))
+                for o in entry.get("outs", [])
+            ]
+            deps = {_text(d["path"]): _text(d["md5"]) for d in entry.get("deps", [])}
+            params = {key: value for part in entry.get("params", {}).values() for key, value in part.items()}
+            sizes = {d["path"]: (int(d.get("size", 0)), d.get("nfiles")) for d in entry.get("deps", [])}
+            stages[_text(name)] = Stage(name, _text(entry["cmd"]), deps, params, outs, sizes)
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    return stages
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r}: expected text")
+    return value
 
 
 def md5_of_file(path: Path) -> str:
@@ -94,15 +130,12 @@ class Pipeline:
         self.stages: dict[str, Stage] = {}
         self._hashes: dict[Path, str] = {}
         try:
-            raw = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)["stages"]
-            for name, entry in raw.items():
-                outs = [Output(o["path"], o["md5"], o.get("size", 0), name) for o in entry.get("outs", [])]
-                deps = {d["path"]: d["md5"] for d in entry.get("deps", [])}
-                params = {key: value for part in entry.get("params", {}).values() for key, value in part.items()}
-                self.stages[name] = Stage(name, entry["cmd"], deps, params, outs)
+            self.stages = parse_lock(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path}: missing; run 'dvc repro' in {self.folder} first") from None
-        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); restore it with 'git checkout'") from None
+        except ValueError:
             raise UserError(f"{path}: damaged, expected DVC's lock file; restore it with 'git checkout'") from None
 
     @cached_property
@@ -116,7 +149,13 @@ class Pipeline:
             return paths | {
                 f"data/evaluations/{e['algorithm']}/{e['train']}/{e['test']}/{e['seed']}" for e in plan["evaluations"]
             }
-        except (OSError, ValueError, KeyError, TypeError):  # damaged: told where the output itself is looked at
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            RecursionError,
+        ):  # damaged: told where the output itself is looked at
             return None
 
     @cached_property
@@ -194,7 +233,7 @@ class Pipeline:
             if md5_of_listing(sorted(entries, key=lambda entry: entry["relpath"])) != output.md5:
                 return None
             return {f"{output.path}/{entry['relpath']}": entry["md5"] for entry in entries}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def differing(self, output: Output) -> list[str]:
@@ -256,11 +295,21 @@ class Pipeline:
         """Return what git says, None where it fails (not installed, no repository, no such revision)."""
         try:
             done = subprocess.run(
-                ["git", *arguments], cwd=self.folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
-            )
-        except FileNotFoundError:
+                ["git", *arguments], cwd=self.folder, capture_output=True, text=True, errors="replace",
+                stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        except OSError:
             return None
         return done.stdout if done.returncode == 0 else None
+
+    @cached_property
+    def committed(self) -> dict[str, Stage] | None:
+        """The cells of the last commit's dvc.lock; None where git has none, or a damaged one."""
+        text = self.git("show", f"HEAD:./{LOCK}")
+        try:
+            return None if text is None else parse_lock(text.encode())
+        except ValueError:
+            return None
 
     @cached_property
     def under_git(self) -> bool:

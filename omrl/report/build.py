@@ -12,7 +12,17 @@ from omrl import __version__
 from omrl.behavior.base import PROGRESS, SCRIPT, task_folder
 from omrl.core import layout
 from omrl.core.errors import UserError
-from omrl.core.files import MANIFEST, atomic_dir, input_hash, read_json, read_manifest, write_json, write_text
+from omrl.core.files import (
+    MANIFEST,
+    atomic_dir,
+    input_hash,
+    read_input,
+    read_json,
+    read_manifest,
+    verified,
+    write_json,
+    write_text,
+)
 from omrl.envs.base import Family
 from omrl.report import ReportConfig, figures, page, scene, tables
 from omrl.report.published import TABLES
@@ -61,7 +71,7 @@ def lineage(evaluations: list[tables.Evaluation]) -> dict[str, Any]:
 
 def _progress(shards: dict[str, list[int]]) -> dict[int, pd.DataFrame]:
     return {
-        task: pd.read_csv(layout.behavior(shard) / task_folder(task) / PROGRESS)
+        task: pd.read_csv(*verified(layout.behavior(shard), [f"{task_folder(task)}/{PROGRESS}"]))
         for shard, (first, last) in shards.items()
         for task in range(first, last + 1)
     }
@@ -215,10 +225,10 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
         UserError: something the plan names is missing or damaged.
     """
     target = Path(target)
-    plan, everything = read_json(layout.CELLS), read_json(layout.TASKS)
+    plan, everything = read_input(layout.CELLS), read_input(layout.TASKS)
     tasks = everything["tasks"]
     evaluations = tables.load_evaluations(plan["evaluations"])
-    cards = {name: read_json(layout.datasets(name) / "card.json") for name in plan["datasets"]}
+    cards = {name: read_json(*verified(layout.datasets(name), ["card.json"])) for name in plan["datasets"]}
     progress = _progress(plan["shards"])
     shard, (first, _) = next(iter(plan["shards"].items()))
     scripted = (layout.behavior(shard) / task_folder(first) / SCRIPT).is_file()
