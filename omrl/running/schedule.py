@@ -134,7 +134,7 @@ def _cluster(folder: Path, jobs: int | None, address: str | None) -> Iterator[Cl
             cores = worker_count(jobs)
             cluster = stack.enter_context(
                 LocalCluster(
-                    n_workers=1, threads_per_worker=cores, processes=False, dashboard_address=None,
+                    n_workers=1, threads_per_worker=cores, processes=False, dashboard_address="127.0.0.1:0",
                     resources={CORES: cores}, silence_logs=logging.CRITICAL,
                 )
             )  # fmt: skip
