@@ -35,7 +35,7 @@ test-metaworld: setup-metaworld  ## the tests of the Meta-World families, in the
 
 repro: setup  ## rebuild every result of params.yaml and print the table
 	omrl check params.yaml
-	dvc repro
+	omrl repro
 	@cat reports/results.md
 	@echo "report: reports/index.html"
 

@@ -1,4 +1,4 @@
-"""The command line: ``omrl check``, ``repro``, ``list``, ``data``, ``lineage``, ``verify``."""
+"""The command line: ``omrl check``, ``repro``, ``results``, ``compare``, ``list``, ``data``, ``lineage``, ..."""
 
 from __future__ import annotations
 
@@ -86,11 +86,55 @@ def list_() -> None:
 
 
 @app.command()
-def data(path: Annotated[Path, typer.Argument(help="a dataset folder or a Parquet file")]) -> None:
-    """Show a dataset's card: rows, returns by checkpoint, ranges."""
-    from omrl.data.cards import describe
+def data(path: Annotated[Path, typer.Argument(help="a folder under data/, a Parquet or a JSON file")]) -> None:
+    """Show what is in a folder: a dataset's card with returns by checkpoint, else what it was made from."""
+    from omrl.report.folders import describe
 
     print(shown(describe(path)))
+
+
+@app.command()
+def results(
+    pipeline: Annotated[str | None, typer.Argument(help="a folder, or a name in pipelines/; else the one here")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="the root's and those of all pipelines")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="write one Markdown table to this file")] = None,
+) -> None:
+    """Show results, ours beside published, with interval, protocol and source."""
+    from omrl.core.files import write_text
+    from omrl.report import collect
+    from omrl.running.schedule import find_folder
+
+    if everything:
+        here = find_folder(None)
+        top = here.resolve().parents[1] if here.resolve().parent.name == "pipelines" else here
+        found = collect.all_results([top, *sorted(p for p in (top / "pipelines").glob("*") if p.is_dir())])
+    else:
+        found = [collect.Result(find_folder(pipeline))]
+    if not found:
+        raise UserError("no reports/results.csv here or in pipelines/*; run 'omrl repro' first")
+    if markdown is not None:
+        write_text(markdown, collect.as_markdown(found))
+        print(f"{markdown}: {sum(len(result.cells) for result in found)} rows of {len(found)} pipelines")
+    else:
+        print(collect.as_text(found))
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="a pipeline's folder or name, or a git revision")],
+    second: Annotated[str | None, typer.Argument(help="the same; else the files that are here")] = None,
+    pipeline: Annotated[str | None, typer.Option(help="which pipeline revisions are of; else the one here")] = None,
+) -> None:
+    """Compare the results of two pipelines, or of two revisions of one, row by row."""
+    from omrl.report.collect import Result
+    from omrl.report.comparison import as_text
+    from omrl.running.schedule import find_folder, is_revision
+
+    def load(name: str | None) -> Result:
+        folder = find_folder(pipeline) if name is None or is_revision(name) else find_folder(name)
+        return Result(folder, name if name is not None and is_revision(name) else None)
+
+    print(as_text(load(first), load(second)))
 
 
 @app.command()

@@ -160,7 +160,7 @@ def cluster(tmp_path):
     def start(program: str, *options: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", f"distributed.cli.{program}", "--scheduler-file", str(file), *options],
-            env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "SLOW": "4"}, cwd=tmp_path, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
     started = [start("dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")]
@@ -251,6 +251,26 @@ def test_a_stopped_run_leaves_no_process_and_one_line(toy, number, code, monkeyp
     assert "finished work is kept, run again to resume" in shown.splitlines()[-1]
     assert "Traceback" not in shown
     assert processes(toy) == []
+    monkeypatch.delenv("SLOW")
+    assert schedule.repro(toy, jobs=2) == 0
+
+
+@pytest.mark.parametrize("where", ["here", "cluster"])
+def test_a_killed_run_leaves_no_process(toy, where, cluster, monkeypatch):
+    monkeypatch.setenv("SLOW", "60")
+    command = [sys.executable, "-m", "omrl.cli", "repro", str(toy)]
+    with subprocess.Popen(
+        command + ["--scheduler", cluster[0]] * (where == "cluster"), cwd=ROOT, stderr=subprocess.DEVNULL
+    ) as process:
+        while not any("work.sh slow" in command_line(pid) for pid in processes(toy)):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+    deadline = time.monotonic() + 30
+    while processes(toy):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert not (toy / "slow.txt").exists()  # given up, not finished
     monkeypatch.delenv("SLOW")
     assert schedule.repro(toy, jobs=2) == 0
 

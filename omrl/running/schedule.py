@@ -6,6 +6,7 @@ import contextlib
 import logging
 import queue
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from omrl.core.errors import UserError
+from omrl.core.errors import UserError, suggest
 from omrl.core.files import alone
 from omrl.core.parallel import worker_count
 from omrl.running.cell import TOPIC, Ending, check_worker, count_running, run_cell
@@ -52,9 +53,17 @@ def find_folder(name: str | Path | None) -> Path:
         if (folder / "pipelines" / name / "dvc.yaml").is_file():
             return folder / "pipelines" / name
         known += sorted(p.parent.name for p in (folder / "pipelines").glob("*/dvc.yaml"))
-    from omrl.core.errors import suggest
-
     raise UserError(f"{name}: no pipeline of that name or path; {suggest(name, known)}")
+
+
+def is_revision(name: str) -> bool:
+    """Is this a git revision, and not a pipeline's folder or name?"""
+    try:
+        find_folder(name)
+    except UserError:
+        done = subprocess.run(["git", "rev-parse", "--quiet", "--verify", f"{name}^{{commit}}"], capture_output=True)
+        return done.returncode == 0
+    return False
 
 
 def explain(folder: Path) -> list[str]:
@@ -125,7 +134,7 @@ def _cluster(folder: Path, jobs: int | None, address: str | None) -> Iterator[Cl
             cores = worker_count(jobs)
             cluster = stack.enter_context(
                 LocalCluster(
-                    n_workers=1, threads_per_worker=cores, processes=False, dashboard_address=None,
+                    n_workers=1, threads_per_worker=cores, processes=False, dashboard_address="127.0.0.1:0",
                     resources={CORES: cores}, silence_logs=logging.CRITICAL,
                 )
             )  # fmt: skip

@@ -1,0 +1,189 @@
+"""What a person looks at: DVC's own views on a screen, ``omrl results``, ``compare`` and ``data``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import Project
+
+from omrl.core.errors import UserError
+from omrl.core.files import write_json, write_manifest, write_text
+from omrl.report import collect, comparison, folders
+
+WIDTH, HEIGHT = 120, 50  # of a screen
+
+
+def report(folder: Path, returns: dict[tuple[str, str], float], tasks: range = range(4, 10), **params: object) -> Path:
+    """Write a small pipeline's params and reports; a task's own difficulty is 3 times its index."""
+    values = {"env": "point-robot", "tasks": {"seed": 7}, "evaluate": {"protocol": "ood-checkpoint"}, **params}
+    write_text(folder / "params.yaml", yaml.safe_dump(values))
+    rows, metrics, diagnostics = [], {}, {}
+    for (algorithm, train), value in returns.items():
+        rows += [
+            {"algorithm": algorithm, "train_dataset": train, "test_dataset": "expert", "seed": seed, "task": task,
+             "episode": 0, "return": value + 3 * task + 0.1 * seed, "normalized": 0.5}
+            for seed in (0, 1) for task in tasks
+        ]  # fmt: skip
+        numbers = {"mean": value, "low": value - 1, "high": value + 1, "n": 12, "normalized": 0.5}
+        metrics.setdefault(algorithm, {})[train] = {"expert": numbers}
+        diagnostics.setdefault(algorithm, {})[train] = {"expert": {"esr": 0.7}}
+    write_text(folder / "reports/results.csv", pd.DataFrame(rows).to_csv(index=False))
+    write_json(folder / "reports/metrics.json", metrics)
+    write_json(folder / "reports/diagnostics.json", diagnostics)
+    return folder
+
+
+def test_results_stand_beside_the_published_ones(tmp_path):
+    published = {"published": "focal-table-6"}
+    first = report(tmp_path / "pipelines/a", {("focal", "expert"): 8.5, ("focal", "mixed"): 1.0}, report=published)
+    second = report(tmp_path / "pipelines/b", {("linear", "mixed"): 2.0}, report={"published": "focal-table-1"})
+    write_text(tmp_path / "pipelines/c/params.yaml", "env: x\n")  # never built
+    found = collect.all_results([first, second, tmp_path / "pipelines/c"])
+    assert [result.name for result in found] == ["a", "b"]
+    text = collect.as_text(found)
+    assert "a: point-robot, ood-checkpoint; published: FOCAL (Li et al., ICLR 2021), Table 6" in text
+    row = next(line for line in text.splitlines() if line.startswith("focal      expert"))
+    assert row.split() == ["focal", "expert", "expert", "8.50", "[7.50,", "9.50]", "12", "0.50", "8.16", "+0.34"]
+    table = collect.as_markdown(found).splitlines()
+    assert len(table) == 2 + 3
+    assert table[3].endswith("|  |  |  |")  # nothing published of it, so no source either
+    assert len({line.count("|") for line in table}) == 1
+
+
+def test_a_difference_is_paired_where_tasks_are_the_same(tmp_path):
+    first = collect.Result(report(tmp_path / "a", {("focal", "expert"): 1.0}))
+    second = collect.Result(report(tmp_path / "b", {("focal", "expert"): 2.0}, tasks=range(5, 12)))
+    (pair,) = comparison.compare_results(first, second)
+    assert pair.tasks == 5  # 5 to 9 are in both
+    assert pair.difference.mean == pytest.approx(1.0)
+    # the tasks' difficulty, 12 apart, cancels; what is left is the seeds' 0.1
+    assert pair.difference.low >= 0.9 - 1e-9
+    assert pair.difference.high <= 1.1 + 1e-9
+    other = collect.Result(report(tmp_path / "c", {("focal", "expert"): 2.0}, tasks=range(4, 10), env="ant-goal"))
+    (pair,) = comparison.compare_results(first, other)
+    assert pair.tasks == 0
+    assert pair.difference.high - pair.difference.low > 5
+    assert not pair.difference.supported
+    text = comparison.as_text(first, other)
+    assert "others: the two have other tasks, not paired" in text
+    assert "~" in text
+
+
+def test_a_swapped_dataset_is_compared_with_what_stood_in_its_place(tmp_path):
+    first = collect.Result(report(tmp_path / "a", {("focal", "expert"): 1.0, ("focal", "mixed"): 2.0}))
+    second = collect.Result(report(tmp_path / "b", {("focal", "random"): 0.5, ("focal", "mixed"): 2.0}))
+    assert comparison.match(first, second) == [
+        (("focal", "expert", "expert"), ("focal", "random", "expert")),
+        (("focal", "mixed", "expert"), ("focal", "mixed", "expert")),
+    ]
+    assert "expert -> random" in comparison.as_text(first, second)
+    third = collect.Result(report(tmp_path / "c", {("bc", "expert"): 1.0}))
+    with pytest.raises(UserError, match="share no row"):
+        comparison.compare_results(first, third)
+
+
+def test_damaged_reports_are_named(tmp_path):
+    folder = report(tmp_path / "a", {("focal", "expert"): 1.0})
+    write_json(folder / "reports/metrics.json", {"focal": 3})
+    with pytest.raises(UserError, match=r"reports/metrics\.json: no row focal/expert/expert"):
+        collect.Result(folder).lines()
+    write_text(folder / "reports/results.csv", "a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"reports/results\.csv: expected a column 'algorithm'"):
+        collect.Result(folder)
+    with pytest.raises(UserError, match=r"results\.csv: missing; run 'omrl repro'"):
+        collect.Result(tmp_path / "nowhere")
+
+
+def test_every_folder_under_data_is_described(tmp_path):
+    model = tmp_path / "data/models/focal/expert/0"
+    write_text(model / "curve.csv", "step\n1\n")
+    parameters = {"config": {"width": 64}, "name": "x" * 300}
+    write_manifest(model, kind="model", inputs={"data/tasks/all.json": "ab" * 32}, parameters=parameters,
+                   files={"curve.csv": 1})  # fmt: skip
+    text = folders.describe(model)
+    for part in (": model", "data/tasks/all.json  abababababab", "width: 64", "curve.csv: 7 B, 1 rows"):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "0/: " in folders.describe(model.parent)
+    assert ", model" in folders.describe(model.parent)
+    write_json(tmp_path / "data/tasks/all.json", {"env": "x", "tasks": list(range(1000))})
+    assert "env: x" in folders.describe(tmp_path / "data/tasks/all.json")
+    assert "all.json" in folders.describe(tmp_path / "data/tasks")
+    (model / "manifest.json").write_text('{"kind": "model"}')
+    with pytest.raises(UserError, match=r"manifest\.json: not a manifest of OMRL"):
+        folders.describe(model)
+    with pytest.raises(UserError, match="nowhere: expected a folder under data/"):
+        folders.describe(tmp_path / "nowhere")
+
+
+def screen(project: Project, *command: str, cwd: Path) -> list[str]:
+    """Return what a command shows, in lines; each view has to fit."""
+    environment = {**project.environment, "COLUMNS": str(WIDTH)}
+    lines = project.run("env", f"COLUMNS={environment['COLUMNS']}", *command, cwd=cwd).stdout.splitlines()
+    assert max(map(len, lines), default=0) <= WIDTH, lines
+    assert len(lines) <= HEIGHT, lines
+    return lines
+
+
+@pytest.mark.e2e
+def test_dvcs_views_fit_a_screen_in_a_pipeline(project):
+    at = project.smoke
+    assert screen(project, "dvc", "status", cwd=at) == ["Data and pipelines are up to date."]
+    head, *rows = screen(project, "dvc", "metrics", "show", cwd=at)
+    assert head.split() == ["Path", "context", "high", "low", "mean", "n", "normalized", "trained_on"]
+    assert len(rows) == 2 + 3
+    graph = screen(project, "dvc", "dag", "--collapse-foreach-matrix", "--mermaid", cwd=at)
+    assert sum("[" in line for line in graph) == 10
+    assert "dvc_plots/index.html" in screen(project, "dvc", "plots", "show", cwd=at)[-1]
+    project.edit_params("train: [expert, relabelled]", "train: [medium, relabelled]")
+    changed = screen(project, "dvc", "params", "diff", cwd=at)
+    assert changed[-1].split(maxsplit=2)[:2] == ["params.yaml", "dataset.train"]
+    project.repro()
+    swapped = screen(project, "dvc", "metrics", "diff", cwd=at)
+    assert any(line.split()[:4] == ["reports/metrics/focal-1-1.json", "trained_on", "expert", "medium"]
+               for line in swapped)  # fmt: skip
+    keep = "Experiment|.*focal-1-1.*(mean|trained_on)"
+    shown = screen(project, "dvc", "exp", "show", "--no-pager", "--drop", ".*", "--keep", keep, cwd=at)
+    assert any("workspace" in line and "medium" in line for line in shown)
+    assert any("main" in line and "expert" in line for line in shown)
+    compared = project.run("python", "-m", "omrl.cli", "compare", "HEAD", cwd=at).stdout
+    assert "expert -> medium" in compared
+    assert compared.splitlines()[0].split()[3:5] == ["smoke@HEAD", "smoke"]
+
+
+@pytest.mark.e2e
+def test_the_root_does_not_speak_of_pipelines(project):
+    lines = screen(project, "dvc", "metrics", "show", cwd=project.folder)
+    assert 1 < len(lines) < 10
+    assert not any("pipelines/" in line for line in lines)
+    graph = screen(project, "dvc", "dag", "--collapse-foreach-matrix", "--mermaid", cwd=project.folder)
+    assert sum("[" in line for line in graph) == 10
+    assert not any("pipelines" in line for line in project.run("dvc", "status").stdout.splitlines())
+
+
+@pytest.mark.e2e
+def test_results_of_a_real_pipeline(built):
+    text = built.omrl("results", "smoke").stdout
+    metrics = json.loads((built.smoke / "reports/metrics.json").read_text())
+    assert f"{metrics['focal']['expert']['expert']['mean']:.2f}" in text
+    assert "smoke: sparse-point-robot, offline-context" in text
+    everything = built.omrl("results", "--all").stdout
+    assert everything.index("default:") < everything.index("smoke:")
+    result = collect.Result(built.smoke)
+    scores, tasks = result.scores(("focal", "expert", "expert"))
+    assert tasks == [4, 5]
+    assert np.isclose(scores.mean(), metrics["focal"]["expert"]["expert"]["mean"])
+    assert built.omrl("compare", "smok", check=False).returncode == 2
+
+
+@pytest.mark.e2e
+def test_an_experiment_ends_with_the_table(project):
+    done = project.run("dvc", "exp", "run", "-S", "dataset.train=[medium]", cwd=project.smoke)
+    assert "| focal | medium | expert |" in done.stdout  # the table is what it ends with
+    row = json.loads((project.smoke / "reports/metrics/focal-1-1.json").read_text())
+    assert row["trained_on"] == "medium"
