@@ -17,7 +17,7 @@ import yaml
 from omrl.core.errors import UserError
 from omrl.core.files import MANIFEST, input_hash, read_manifest, sha256
 from omrl.core.progress import Progress
-from omrl.core.yaml12 import Loader
+from omrl.core.yamlfile import Loader
 from omrl.provenance.lockfile import LOCK, Output, Pipeline, listing, md5_of_file, md5_of_listing
 
 _REPORT = ("results.csv", "results.md", "index.html", "lineage.json", "figures", "plots", "metrics.json")

@@ -17,7 +17,7 @@ import yaml
 from numpy.typing import NDArray
 
 from omrl.core.errors import UserError
-from omrl.core.yaml12 import Loader
+from omrl.core.yamlfile import Loader
 from omrl.report.published import TABLES
 from omrl.report.tables import Cell
 
@@ -108,7 +108,7 @@ class Result:
         frame = self._parse(path, lambda text: pd.read_csv(io.StringIO(text)))
         if missing := [name for name in _COLUMNS if name not in frame]:
             raise UserError(f"{self._where(path)}: expected a column '{missing[0]}'")
-        return frame  # type: ignore[no-any-return]
+        return frame
 
     @property
     def cells(self) -> list[Cell]:
