@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -211,7 +212,7 @@ def test_columns_hold_the_belief_before_and_after_every_step():
 
 
 def test_the_policy_learns_on_state_and_belief_and_the_vae_rests():
-    algorithm, source = make(), data()
+    algorithm, source = make(), replace(data(), reward=data(1).reward, inference="sparse")
     (_, policy) = algorithm.phases(301)
     before = {name: x.clone() for name, x in algorithm.model_state().items()}
     sampler = Sampler(source.with_columns(algorithm.begin(policy, source)), 0, CPU)
@@ -220,6 +221,10 @@ def test_the_policy_learns_on_state_and_belief_and_the_vae_rests():
     assert rows.observation.shape == (4, 32, 2 + 4)
     extra = batch["transitions"].extra
     assert torch.equal(rows.next_observation, torch.cat([extra["following"], extra["next_belief"]], -1))
+    assert torch.equal(rows.reward, batch["transitions"].signal)
+    dense = make(policy_reward="dense")._augmented(batch["transitions"])
+    assert torch.equal(dense.reward, batch["transitions"].reward)
+    assert not torch.equal(dense.reward, rows.reward)
     algorithm.update(policy, batch)
     moved = {name.split(".")[0] for name, x in algorithm.model_state().items() if not torch.equal(x, before[name])}
     assert moved == {"actor_critic"}

@@ -85,6 +85,8 @@ class BorelConfig(ActorCriticConfig):
         vae_rate: Adam.
         kl_weight: of the KL between successive beliefs; 1 in the online version.
         beliefs: of a rollout that decode, drawn anew for every update; 0 for all.
+        policy_reward: what actor and critic learn from: the ``signal`` that the belief sees too (the sparse reward
+            where inference sees that one, as released), or the ``dense`` reward, as FOCAL's do.
         decode_from: rewards from the ``next`` state, or from the ``transition`` (s, a, s').
         vae_meta_batch, vae_rollouts: tasks per update of the VAE, drawn with replacement, and rollouts of each.
         meta_batch: tasks per update of the policy, drawn with replacement.
@@ -104,6 +106,7 @@ class BorelConfig(ActorCriticConfig):
     vae_rate: Annotated[float, Field(gt=0)] = 3e-4
     kl_weight: Annotated[float, Field(ge=0)] = 0.05
     beliefs: Annotated[int, Field(ge=0)] = 16
+    policy_reward: Literal["signal", "dense"] = "signal"
     decode_from: Literal["next", "transition"] = "next"
     vae_meta_batch: Annotated[int, Field(ge=1)] = 8
     vae_rollouts: Annotated[int, Field(ge=1)] = 8
@@ -249,12 +252,13 @@ class Borel(Algorithm):
         return share * (error * there[:, chosen]).sum(dim=1).mean(), divergence.mean()
 
     def _augmented(self, rows: Experience) -> Experience:
-        """Return rows whose state has the belief beside it, before and after the step."""
+        """Return rows whose state has the belief beside it, before and after the step, with the policy's reward."""
         before, after, following = (rows.extra[name] for name in ("belief", "next_belief", "following"))
         return replace(
             rows,
             observation=torch.cat([rows.observation, before], dim=-1),
             next_observation=torch.cat([following, after], dim=-1),
+            reward=rows.signal if self.settings.policy_reward == "signal" else rows.reward,
         )
 
     @torch.no_grad()
