@@ -60,7 +60,7 @@ def test_the_cells_are_those_of_the_graph():
     cells = params.check(ROOT / "params.yaml")
     assert "meta_train@focal-expert-0" in cells
     assert "evaluate@focal-relabelled-expert-0" in cells
-    assert "behavior@000-012" in cells
+    assert "behavior@000-014" in cells
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_the_cells_are_those_of_the_graph():
         ("tasks/train", "20", r"tasks\.train = '20': expected a valid integer"),
         ("tasks/train", 0, r"tasks\.train = 0: expected greater than or equal to 1"),
         ("tasks/tets", 5, r"tasks\.tets: unknown key; did you mean 'test'"),
-        ("tasks/test", 6, r"shards leave out tasks 25\.\.25: .*= 26"),
-        ("tasks/test", 4, r"shards\.013-024 ends at task 24, but .*= 24: expected the last index to be 23"),
+        ("tasks/test", 11, r"shards leave out tasks 30\.\.30: .*= 31"),
+        ("tasks/test", 9, r"shards\.015-029 ends at task 29, but .*= 29: expected the last index to be 28"),
         ("tasks/test", 90, r"tasks\.train \+ tasks\.test = 20 \+ 90: expected at most 100"),
-        ("shards/013-024", [12, 24], r"shards\.013-024 = \[12, 24\] overlaps shards\.000-012"),
-        ("shards/013-024", [14, 24], r"shards leave out task 13: expected 0\.\.24"),
-        ("shards/013-024", [24, 13], r"shards\.013-024 = \[24, 13\]: expected \[first, last\]"),
-        ("shards/013-024", "13-24", r"shards\.013-024 = '13-24': expected a valid list"),
+        ("shards/015-029", [14, 29], r"shards\.015-029 = \[14, 29\] overlaps shards\.000-014"),
+        ("shards/015-029", [16, 29], r"shards leave out task 15: expected 0\.\.29"),
+        ("shards/015-029", [29, 15], r"shards\.015-029 = \[29, 15\]: expected \[first, last\]"),
+        ("shards/015-029", "15-29", r"shards\.015-029 = '15-29': expected a valid list"),
         ("shards", {"A b": [0, 24]}, r"'A b' names a folder"),
         ("seed", -1, r"seed = -1: expected greater than or equal to 0"),
         ("behavior/engine", "sb4", r"behavior\.engine = 'sb4': expected 'sb3', 'batched' or 'scripted'"),
@@ -135,7 +135,7 @@ def test_a_missing_section_is_named(edit):
             r"tasks of 'point-robot-wind' differ in their dyn",
         ),
         ({}, r"dataset\.test has 'relabelled', where all tasks share one set; expected levels"),
-        ({"tasks": {"train": 1, "test": 24}}, r"tasks\.train = 1: expected 2 or more"),
+        ({"tasks": {"train": 1, "test": 29}}, r"tasks\.train = 1: expected 2 or more"),
     ],
 )
 def test_contexts_of_other_tasks_need_other_tasks_that_differ_in_reward(changes, message, tmp_path):

@@ -93,25 +93,25 @@ class BorelConfig(ActorCriticConfig):
         rl_batch: transitions per drawn task.
     """
 
-    width: Annotated[int, Field(ge=1)] = 128
-    depth: Annotated[int, Field(ge=1)] = 2
+    width: Annotated[int, Field(ge=1, le=4096)] = 128
+    depth: Annotated[int, Field(ge=1, le=16)] = 2
     value_network: bool = False
     mean_weight: Annotated[float, Field(ge=0)] = 0.0
     log_std_weight: Annotated[float, Field(ge=0)] = 0.0
     log_std_max: Annotated[float, Field(gt=-20)] = 2.0
     latent_dim: Annotated[int, Field(ge=1, le=1024)] = 5
-    hidden: Annotated[int, Field(ge=1)] = 128
-    episodes: Annotated[int, Field(ge=1)] = 2
-    vae_steps: Annotated[int, Field(ge=0)] = 5000
+    hidden: Annotated[int, Field(ge=1, le=4096)] = 128
+    episodes: Annotated[int, Field(ge=1, le=1000)] = 2
+    vae_steps: Annotated[int, Field(ge=0, le=10**8)] = 5000
     vae_rate: Annotated[float, Field(gt=0)] = 3e-4
     kl_weight: Annotated[float, Field(ge=0)] = 0.05
-    beliefs: Annotated[int, Field(ge=0)] = 16
+    beliefs: Annotated[int, Field(ge=0, le=4096)] = 16
     policy_reward: Literal["signal", "dense"] = "signal"
     decode_from: Literal["next", "transition"] = "next"
-    vae_meta_batch: Annotated[int, Field(ge=1)] = 8
-    vae_rollouts: Annotated[int, Field(ge=1)] = 8
-    meta_batch: Annotated[int, Field(ge=1)] = 16
-    rl_batch: Annotated[int, Field(ge=1)] = 256
+    vae_meta_batch: Annotated[int, Field(ge=1, le=1024)] = 8
+    vae_rollouts: Annotated[int, Field(ge=1, le=1024)] = 8
+    meta_batch: Annotated[int, Field(ge=1, le=1024)] = 16
+    rl_batch: Annotated[int, Field(ge=1, le=16384)] = 256
 
 
 class Rollouts(NamedTuple):

@@ -75,8 +75,8 @@ class CsroConfig(FocalConfig):
     """
 
     club_weight: Annotated[float, Field(ge=0)] = 25.0
-    club_width: Annotated[int, Field(ge=1)] = 200
-    club_depth: Annotated[int, Field(ge=1)] = 3
+    club_width: Annotated[int, Field(ge=1, le=4096)] = 200
+    club_depth: Annotated[int, Field(ge=1, le=16)] = 3
     club_rate: Annotated[float, Field(gt=0)] = 3e-4
     negatives: Literal["task", "batch"] = "task"
 

@@ -74,21 +74,21 @@ class PromptDtConfig(Config):
         rl_batch: windows per drawn task, each with a prompt of its own.
     """
 
-    width: Annotated[int, Field(ge=1)] = 128
-    depth: Annotated[int, Field(ge=1)] = 3
-    heads: Annotated[int, Field(ge=1)] = 1
-    window: Annotated[int, Field(ge=1)] = 20
-    prompt_segments: Annotated[int, Field(ge=1)] = 1
-    prompt_length: Annotated[int, Field(ge=1)] = 5
+    width: Annotated[int, Field(ge=1, le=4096)] = 128
+    depth: Annotated[int, Field(ge=1, le=16)] = 3
+    heads: Annotated[int, Field(ge=1, le=64)] = 1
+    window: Annotated[int, Field(ge=1, le=4096)] = 20
+    prompt_segments: Annotated[int, Field(ge=1, le=1024)] = 1
+    prompt_length: Annotated[int, Field(ge=1, le=4096)] = 5
     prompt_from: Literal["end", "window"] = "end"
     target_return: float | None = None
     target_from: Literal["data", "prompt"] = "data"
     rate: Annotated[float, Field(gt=0)] = 1e-4
-    warmup: Annotated[int, Field(ge=1)] = 1000
+    warmup: Annotated[int, Field(ge=1, le=10**8)] = 1000
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     largest_gradient: Annotated[float, Field(gt=0)] = 0.25
-    meta_batch: Annotated[int, Field(ge=1)] = 16
-    rl_batch: Annotated[int, Field(ge=1)] = 16
+    meta_batch: Annotated[int, Field(ge=1, le=1024)] = 16
+    rl_batch: Annotated[int, Field(ge=1, le=16384)] = 16
 
     @model_validator(mode="after")
     def _heads_share_the_width(self) -> PromptDtConfig:
