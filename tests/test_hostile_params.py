@@ -116,7 +116,7 @@ def test_hostile_values_of_a_section_get_an_answer(here, key):
         ("train: 20", "train: '\u202e'", r":12: not valid YAML: character U\+202E in '\\u202e'"),
         ("rl_batch: 64", f"rl_batch: {10**30}", r": algorithms\.focal\.rl_batch = 10+: expected less .* 16384"),
         ("width: 64 ", f"width: {10**9} ", r": algorithms\.focal\.width = 10+: expected less .* 4096"),
-        ("seeds: [0, 1]", "seeds: {from: 0, to: 99}", r": seeds: expected a list such as \[0, 1, 2\]: DVC makes a cell"),
+        ("seeds: [0, 1]", "seeds: {from: 0, to: 99}", r": seeds: expected a list such as \[0, 1, 2\]: DVC makes"),
         ("seeds: [0, 1]", f"seeds: {list(range(9000))}", r": asks for \d+ cells: expected at most 20000"),
         ("checkpoint_every: 250", "checkpoint_every: 1", None),
         ("total_steps: 2000", "total_steps: 3000000", r": behavior: total_steps = 3000000 .* at most 10,000"),

@@ -48,7 +48,20 @@ def test_results_stand_beside_the_published_ones(tmp_path):
     text = collect.as_text(found)
     assert "a: point-robot, ood-checkpoint; published: FOCAL++ (Li et al., 2022), Table 1, Sparse-Point-Robot" in text
     row = next(line for line in text.splitlines() if line.startswith("focal      expert"))
-    assert row.split() == ["focal", "expert", "expert", "8.50", "[7.50,", "9.50]", "12", "0.50", "11.84", "-3.34"]
+    assert row.split() == [
+        "focal",
+        "expert",
+        "expert",
+        "8.50",
+        "[7.50,",
+        "9.50]",
+        "12",
+        "0.50",
+        "11.84",
+        "±",
+        "1.05",
+        "-3.34",
+    ]
     table = collect.as_markdown(found).splitlines()
     assert len(table) == 2 + 3
     assert table[3].endswith("|  |  |  |")  # nothing published of it, so no source either
