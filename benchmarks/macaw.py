@@ -67,7 +67,11 @@ class Reference:
     @staticmethod
     def _copy(net: Adaptive) -> tuple[Tensors, list[Tensor]]:
         tensors = [
-            {name: tensor.detach().clone().requires_grad_() for name, tensor in layer.named_parameters() if name != "rates"}
+            {
+                name: tensor.detach().clone().requires_grad_()
+                for name, tensor in layer.named_parameters()
+                if name != "rates"
+            }
             for layer in net.layers
         ]
         return tensors, [layer.rates.detach().clone().requires_grad_() for layer in net.layers]
@@ -78,6 +82,7 @@ class Reference:
 
     @staticmethod
     def linear(layer: dict[str, Tensor], shape: tuple[int, int], x: Tensor) -> Tensor:
+        """Apply a layer to x [n, inputs]."""
         inputs, outputs = shape
         made = layer["hyper"] @ layer["latent"] + layer["base"] if "hyper" in layer else layer["base"]
         if "weight" in layer:
@@ -85,6 +90,7 @@ class Reference:
         return x @ made[: inputs * outputs].view(inputs, outputs) + made[inputs * outputs :]
 
     def v(self, layers: Tensors, x: Tensor) -> Tensor:
+        """Return values [n]."""
         for i, (layer, shape) in enumerate(zip(layers, self.shapes["value"], strict=True)):
             x = self.linear(layer, shape, x.relu() if i else x)
         return x[:, 0]
@@ -111,6 +117,7 @@ class Reference:
         ]
 
     def weights(self, advantage: Tensor) -> Tensor:
+        """Return the advantage weights [n]."""
         normal = (advantage - advantage.mean()) / advantage.std()
         return (normal / self.config.temperature).clamp(max=math.log(self.config.largest_weight)).exp()
 
@@ -135,6 +142,7 @@ class Reference:
 
     @torch.no_grad()
     def advantage(self, value: Tensors, d: dict[str, Tensor]) -> Tensor:
+        """Return A [n]."""
         return d["g"] + d["d"] * self.v(value, d["last"]) - self.v(value, d["s"])
 
     def losses(self, batch: Mapping[str, Experience]) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import sys
 from collections.abc import Mapping
@@ -102,13 +103,14 @@ def test_losses_gradients_and_adapted_weights_are_those_of_materialized_copies(a
     fast = {"inner_value_rate": 0.05, "inner_policy_rate": 0.03, "coefficient": 0.5}
     algorithm, drawn = make(**(fast | ARMS[arm])), both()
     module, other = reference(algorithm)
-    value_loss, policy_loss = other.losses(drawn)
-    (value_loss + policy_loss).backward()
+    losses = other.losses(drawn)
+    sum(losses).backward()
+    value_loss, policy_loss = (loss.item() for loss in losses)
     belief = algorithm.adapt(algorithm.prior(3), drawn["inner"])["policy"]
     inner = [other.adapted(module.parts(drawn["inner"], task, algorithm.settings.steps)) for task in range(3)]
     scalars = algorithm.update(algorithm.phases(1)[0], drawn)  # leaves its gradients behind
-    assert float(scalars["value_loss"]) == pytest.approx(float(value_loss), rel=1e-10)
-    assert float(scalars["policy_loss"]) == pytest.approx(float(policy_loss), rel=1e-10)
+    assert float(scalars["value_loss"]) == pytest.approx(value_loss, rel=1e-10)
+    assert float(scalars["policy_loss"]) == pytest.approx(policy_loss, rel=1e-10)
 
     def agree(one: torch.Tensor | None, two: torch.Tensor | None) -> None:
         assert one is not None
@@ -123,7 +125,11 @@ def test_losses_gradients_and_adapted_weights_are_those_of_materialized_copies(a
         for layer, copies, rates in zip(net.layers, tensors, rho, strict=True):
             for name in layer.tensors:
                 agree(getattr(layer, name).grad, copies[name].grad)
-            agree(layer.rates.grad, rates.grad)
+            if rates.grad is None:  # a head's own step has no later loss
+                assert layer.rates.grad is None
+                assert algorithm.settings.steps == 1
+            else:
+                agree(layer.rates.grad, rates.grad)
     if algorithm.coefficient is not None:
         agree(algorithm.coefficient.kappa.grad, other.kappa.grad)
     state = torch.randn(1, 3, generator=torch.Generator().manual_seed(5))
@@ -269,7 +275,9 @@ def changed(algorithm: Algorithm, drawn: Mapping[str, Experience]) -> set[str]:
 
 
 def test_every_tensor_learns_and_what_is_fixed_does_not():
-    assert changed(make(), both()) == set(make().model_state())
+    head = {"policy.layers.3.rates", "policy.layers.4.rates"}  # no loss comes after the head's one step
+    assert changed(make(), both()) == set(make().model_state()) - head
+    assert changed(make(steps=2), both()) == set(make().model_state())
     fixed = changed(make(learn_rates=False, learn_coefficient=False), both())
     assert not {name for name in fixed if "rates" in name or "kappa" in name}
     assert "coefficient.kappa" not in make(coefficient=0.0).model_state()
@@ -355,7 +363,7 @@ def two_goals(seed: int, imitates: bool, rows: int = 4000) -> TaskData:
         action[..., 0] = np.clip(goal + 0.2 * action[..., 0], -1, 1)
     reward = 1 - np.abs(action[..., 0] - goal)
     return TaskData.of_bags(
-        range(2), "dense", observation=state, action=action, reward=reward, next_observation=state,
+        range(2), inference="dense", observation=state, action=action, reward=reward, next_observation=state,
         sparse_reward=reward, terminal=np.ones_like(reward),
     )  # fmt: skip
 
@@ -364,18 +372,19 @@ def two_goals(seed: int, imitates: bool, rows: int = 4000) -> TaskData:
     ("name", "steps", "values"),
     [
         ("macaw", 500, {"inner_value_rate": 0.02, "inner_policy_rate": 0.02, "rate_rate": 0.02, "policy_rate": 3e-3,
-                        "value_rate": 3e-3, "policy_std": 0.4}),
+                        "value_rate": 3e-3, "temperature": 0.3}),
         ("meta-bc", 300, {"inner_policy_rate": 0.02, "rate_rate": 0.02, "policy_rate": 3e-3}),
         ("mt-ft", 300, {"policy_rate": 3e-3, "value_rate": 3e-3, "tune_steps": 40, "tune_policy_rate": 2e-2,
-                        "tune_value_rate": 2e-2, "policy_std": 0.4}),
+                        "tune_value_rate": 2e-2, "temperature": 0.3}),
     ],
 )  # fmt: skip
 def test_two_goals_are_told_apart_and_solved(name, steps, values):
     torch.set_num_threads(1)
     sizes = {"width": 32, "latent_dim": 16, "meta_batch": 2}
     own = {"batch": 64} if name == "mt-ft" else {"inner_batch": 64, "outer_batch": 64}
-    algorithm = create(name, {**sizes, **own, "gamma": 0.0, **values} if name != "meta-bc" else {**sizes, **own, **values},
-                       Spec(2, 2, False, 1, 2), 0, "cpu")
+    if name != "meta-bc":
+        own["gamma"] = 0.0
+    algorithm = create(name, {**sizes, **own, **values}, Spec(2, 2, False, 1, 2), 0, "cpu")
     data = two_goals(0, name == "meta-bc")
     sampler, (phase,) = make_sampler(algorithm, {"transitions": data}, 0), algorithm.phases(steps)
     for _ in range(steps):
@@ -384,7 +393,7 @@ def test_two_goals_are_told_apart_and_solved(name, steps, values):
     belief = algorithm.adapt(algorithm.prior(2), context)
     goal = torch.where(context.task == 0, 0.8, -0.8)
     chosen = torch.stack([algorithm.act(belief, context.observation[:, i]) for i in range(20)]).mean(0)[:, 0]
-    assert float((chosen - goal).abs().max()) < 0.25
+    assert float((chosen - goal).abs().max()) < 0.35  # 0.8 without adaptation
 
 
 @pytest.mark.parametrize(
@@ -403,3 +412,49 @@ def test_rows_without_the_columns_are_refused():
     bare = Experience(**{**vars(batch()), "extra": {}})
     with pytest.raises(ValueError, match="return_to_go"):
         make().adapt(make().prior(3), bare)
+
+
+# --- golden numbers ----------------------------------------------------------------------------------------------
+
+# A change here is a change of results: see CONTRIBUTING.md, "Changes that move results". To refresh, run this
+# test and copy the dictionary that its failure prints. In double precision, so that they hold on every CPU.
+GOLDEN: dict[str, dict[str, float]] = {
+    "macaw": {
+        "value_loss": 4.6030454,
+        "policy_loss": 10.990354,
+        "return_to_go": 0.61363983,
+        "advantage": 2.0927596,
+        "value_step": 0.0010008494,
+        "policy_step": 0.0010005263,
+        "coefficient": 0.0099632596,
+        "action_0": 0.51799364,
+        "action_1": -0.027303959,
+    },
+    "meta-bc": {
+        "policy_loss": 9.9626585,
+        "policy_step": 0.00099933966,
+        "action_0": -0.16400355,
+        "action_1": -0.17769685,
+    },
+    "mt-ft": {
+        "value_loss": 9.4360414,
+        "policy_loss": 12.007871,
+        "return_to_go": 0.47108778,
+        "advantage": 2.8666775,
+        "action_0": 0.16366452,
+        "action_1": 0.51130482,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_golden_numbers(name, double_precision):
+    algorithm = make(name)
+    phase = algorithm.phases(3)[0]
+    for i in range(3):
+        scalars = algorithm.update(phase, both(i))
+    action = algorithm.act(algorithm.adapt(algorithm.prior(3), batch(9)), batch(9).observation[:, 0])
+    got = {key: float(value) for key, value in scalars.items()}
+    got |= {"action_0": float(action[0, 0]), "action_1": float(action[2, 1])}
+    text = json.dumps({key: float(f"{value:.8g}") for key, value in got.items()}, indent=4)
+    assert got == pytest.approx(GOLDEN.get(name, {}), rel=1e-6, abs=1e-12), f"if this change is meant: {text}"

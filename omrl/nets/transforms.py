@@ -135,12 +135,12 @@ class Layer(nn.Module):
         """Become the layer of the one task that took the steps: write z, H, h and W out."""
         if self.hyper is not None and self.latent is not None:
             for gradient, latent in zip(steps.gradient, steps.latent, strict=True):
-                self.hyper -= self.rate("hyper") * gradient[:, self.plain :].t() @ latent
+                self.hyper.sub_(self.rate("hyper") * gradient[:, self.plain :].t() @ latent)
             self.latent.copy_(self._latent(steps, [1.0] * len(steps.pull))[0])
         for gradient in steps.gradient:
-            self.base -= self.rate("base") * gradient[0, self.plain :]
+            self.base.sub_(self.rate("base") * gradient[0, self.plain :])
             if self.weight is not None:
-                self.weight -= self.rate("weight") * gradient[0, : self.plain]
+                self.weight.sub_(self.rate("weight") * gradient[0, : self.plain])
 
 
 class Adaptive(nn.Module):
