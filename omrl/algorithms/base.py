@@ -14,8 +14,8 @@ Training is a list of phases; a phase says what one update draws, and the sample
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -186,6 +186,19 @@ class Algorithm(abc.ABC):
     def embedding(self, belief: Belief) -> Tensor | None:
         """Return a vector per task, [tasks, latent], for diagnostics and pictures; None if there is none."""
         return None
+
+    def fine_tune(self, draw: Callable[[Phase], Mapping[str, Experience]], steps: int, context: Experience) -> Belief:
+        """Go on learning in one task, for which this object is; return the belief after it (protocol ``fine-tune``).
+
+        Args:
+            draw: phase -> what it asks for: ``transitions`` are the task's own, ``context`` is its offline context.
+            steps: updates.
+            context: the offline context, [1, n, ...].
+        """
+        phase = replace(self.online_phase(steps), meta_batch=1)
+        for _ in range(steps):
+            self.update(phase, draw(phase))
+        return self.adapt(self.prior(1), context)
 
     # --- state -------------------------------------------------------------------------------------------------
 

@@ -150,6 +150,7 @@ class Focal(ContextAlgorithm):
     """See the module's docstring."""
 
     CONFIG = FocalConfig
+    PROTOCOLS = ContextAlgorithm.PROTOCOLS | {"fine-tune"}
 
     def __init__(self, config: FocalConfig, spec: Spec, seed: int, device: str = "auto") -> None:
         super().__init__(config, spec, seed, device)
