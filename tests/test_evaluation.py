@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from omrl.algorithms.base import ContextAlgorithm, Phase, Spec
-from omrl.behavior.simulate import Episodes
 from omrl.core.config import Config
 from omrl.data.taskdata import TaskData
 from omrl.envs.base import load_family
+from omrl.envs.simulate import Episodes
 from omrl.evaluation.embeddings import attention, embedding_variance, esr, rms, sample_embeddings, sparsity_curve
 from omrl.evaluation.protocols.base import Run, protocol
 from omrl.evaluation.protocols.ood_checkpoint import other_tasks_context

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from omrl.algorithms.base import Spec, create
-from omrl.behavior.simulate import episodes
 from omrl.core.config import parse
 from omrl.core.errors import UserError
 from omrl.data.taskdata import TaskData
 from omrl.envs.base import load_family
+from omrl.envs.simulate import episodes
 from omrl.evaluation.protocols import fine_tune
 from omrl.evaluation.protocols.base import Run
 

@@ -40,7 +40,8 @@ from omrl.core import events, parallel, seeding
 from omrl.core.allocator import keep_memory
 from omrl.core.errors import UserError
 from omrl.core.files import atomic_path, canonical, remove_dir, write_text
-from omrl.envs.base import Family, load_family
+from omrl.envs.base import Array, Family, load_family
+from omrl.envs.simulate import episodes
 
 _EVALUATION_EPISODES = 5
 _SNAPSHOT = "unfinished.safetensors"
@@ -208,15 +209,14 @@ class Group:
         """Return every task's mean reported return of the deterministic policy over a few test episodes, [N]."""
         count, copies = len(self.runs), _EVALUATION_EPISODES
         env = self.family.batch(self._tasks, copies)
-        env.reset([seeding.generator(run.seed, "progress", i) for run in self.runs for i in range(copies)])
-        total, alive = np.zeros(count * copies), np.ones(count * copies, dtype=np.bool_)
-        for _ in range(self.family.horizon):
-            observation = torch.from_numpy(env.observation).view(count, copies, -1)
-            action = self.sac.act(observation.to(self._device), None).cpu()
-            result = env.step(action.reshape(count * copies, -1).numpy())
-            total += alive * (result.sparse_reward if self.family.returns == "sparse" else result.reward)
-            alive &= ~result.terminated
-        return total.reshape(count, copies).mean(1)
+        starts = [seeding.generator(run.seed, "progress", i) for run in self.runs for i in range(copies)]
+
+        def act(seen: Array, _: int) -> Array:
+            observation = torch.from_numpy(seen).view(count, copies, -1).to(self._device)
+            return self.sac.act(observation, None).cpu().reshape(count * copies, -1).numpy()
+
+        ran = episodes(env, act, self.family.horizon, starts)
+        return ran.returns(self.family.returns == "sparse").reshape(count, copies).mean(1)
 
     def write_replay(self, folders: list[Path]) -> None:
         """Write the transitions since the last checkpoint, if they are kept."""

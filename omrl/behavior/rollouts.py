@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,7 +27,8 @@ from omrl.data.parquet import (
     write_transitions,
 )
 from omrl.data.schema import Columns, concatenate
-from omrl.envs.base import Family, Task, load_family
+from omrl.envs.base import Array, Family, Task, load_family
+from omrl.envs.simulate import Episodes, episodes
 
 if TYPE_CHECKING:
     from omrl.behavior.checkpoints import Actor
@@ -91,21 +91,6 @@ class RolloutsConfig(Config):
         return [int(step) for step in self.steps]
 
 
-@dataclass(frozen=True)
-class _Episodes:
-    """What happened in E episodes of at most T steps.
-
-    Attributes:
-        store: column -> float32 [E, T] or [E, T, width]; what lies after an episode's end is undefined.
-        valid: was the step made, bool [E, T].
-        terminated: did the step end the episode, bool [E, T].
-    """
-
-    store: dict[str, NDArray[np.float32]]
-    valid: NDArray[np.bool_]
-    terminated: NDArray[np.bool_]
-
-
 def rollout(
     actor: Actor | Script,
     family: Family,
@@ -150,64 +135,40 @@ def rollout(
     return _transitions(ran, index, checkpoint, sampled), _table(ran, family, index, checkpoint, sampled, seed)
 
 
-def _run(actor: Actor | Script, family: Family, task: Task, config: RolloutsConfig, seed: int) -> _Episodes:
+def _run(actor: Actor | Script, family: Family, task: Task, config: RolloutsConfig, seed: int) -> Episodes:
     """Step all episodes together.
 
     Raises:
         FloatingPointError: an action is not finite.
     """
     sampled, steps = config.episodes_per_checkpoint, config.horizon
-    episodes = sampled + config.deterministic_episodes
+    count = sampled + config.deterministic_episodes
     noise = seeding.generator(seed, "noise").standard_normal((steps, sampled, family.action_size), dtype=np.float32)
-    env = family.batch([task], episodes)
-    observation = env.reset([seeding.generator(seed, "start", i) for i in range(episodes)])
 
-    def empty(*width: int) -> NDArray[np.float32]:
-        return np.empty((episodes, steps, *width), dtype=np.float32)
-
-    store = {
-        "observation": empty(family.observation_size),
-        "action": empty(family.action_size),
-        "reward": empty(),
-        "sparse_reward": empty(),
-        "next_observation": empty(family.observation_size),
-        "reward_features": empty(family.feature_size),
-    }
-    terminated = np.zeros((episodes, steps), dtype=np.bool_)
-    valid = np.zeros((episodes, steps), dtype=np.bool_)
-    alive = np.ones(episodes, dtype=np.bool_)
-    for t in range(steps):
-        action = np.empty((episodes, family.action_size), dtype=np.float32)
+    def act(observation: Array, t: int) -> Array:
+        action = np.empty((count, family.action_size), dtype=np.float32)
         action[:sampled] = actor.sample(observation[:sampled], noise[t])
-        if sampled < episodes:
+        if sampled < count:
             action[sampled:] = actor.mean_action(observation[sampled:])
         if not np.isfinite(action).all():
             raise FloatingPointError
-        result = env.step(action)
-        store["observation"][:, t] = observation
-        store["action"][:, t] = action
-        store["reward"][:, t] = result.reward
-        store["sparse_reward"][:, t] = result.sparse_reward
-        store["next_observation"][:, t] = result.next_observation
-        store["reward_features"][:, t] = result.features
-        valid[:, t] = alive
-        terminated[:, t] = result.terminated & alive
-        alive &= ~result.terminated
-        observation = result.next_observation
-        if not alive.any():
-            break
-    return _Episodes(store, valid, terminated)
+        return action
+
+    starts = [seeding.generator(seed, "start", i) for i in range(count)]
+    return episodes(family.batch([task], count), act, steps, starts)
 
 
-def _transitions(ran: _Episodes, index: int, checkpoint: int, sampled: int) -> Columns:
+def _transitions(ran: Episodes, index: int, checkpoint: int, sampled: int) -> Columns:
     """Return one row per step made, ordered by (episode, step)."""
     flat = ran.valid.reshape(-1)
     rows = int(flat.sum())
     episode, step = (grid.reshape(-1)[flat] for grid in np.indices(ran.valid.shape, dtype=np.int32))
     truncated = np.zeros_like(ran.valid)
     truncated[:, -1] = ran.valid[:, -1] & ~ran.terminated[:, -1]
+    names = ("observation", "action", "reward", "sparse_reward", "next_observation")
+    store = {name: getattr(ran, name) for name in names} | {"reward_features": ran.features}
     return {
-        **{name: values.reshape(len(flat), *values.shape[2:])[flat] for name, values in ran.store.items()},
+        **{name: values.reshape(len(flat), *values.shape[2:])[flat] for name, values in store.items()},
         "task": np.full(rows, index, dtype=np.int32),
         "source_task": np.full(rows, index, dtype=np.int32),
         "checkpoint": np.full(rows, checkpoint, dtype=np.int32),
@@ -219,25 +180,19 @@ def _transitions(ran: _Episodes, index: int, checkpoint: int, sampled: int) -> C
     }
 
 
-def _table(ran: _Episodes, family: Family, index: int, checkpoint: int, sampled: int, seed: int) -> Columns:
+def _table(ran: Episodes, family: Family, index: int, checkpoint: int, sampled: int, seed: int) -> Columns:
     """Return one row per episode."""
-    episodes, steps = ran.valid.shape
-
-    def returns(name: str, horizon: int) -> NDArray[np.float64]:
-        part = ran.store[name][:, :horizon].astype(np.float64)
-        total: NDArray[np.float64] = np.where(ran.valid[:, :horizon], part, 0.0).sum(axis=1)
-        return total
-
+    count = len(ran.valid)
     return {
-        "episode": np.arange(episodes, dtype=np.int32),
-        "task": np.full(episodes, index, dtype=np.int32),
-        "checkpoint": np.full(episodes, checkpoint, dtype=np.int32),
-        "deterministic": np.arange(episodes) >= sampled,
-        "seed": np.full(episodes, seed, dtype=np.int64),
+        "episode": np.arange(count, dtype=np.int32),
+        "task": np.full(count, index, dtype=np.int32),
+        "checkpoint": np.full(count, checkpoint, dtype=np.int32),
+        "deterministic": np.arange(count) >= sampled,
+        "seed": np.full(count, seed, dtype=np.int64),
         "length": ran.valid.sum(axis=1).astype(np.int32),
-        "return": returns("sparse_reward" if family.returns == "sparse" else "reward", family.horizon),
-        "dense_return": returns("reward", steps),
-        "sparse_return": returns("sparse_reward", steps),
+        "return": ran.returns(family.returns == "sparse", family.horizon),
+        "dense_return": ran.returns(False),
+        "sparse_return": ran.returns(True),
     }
 
 

@@ -37,6 +37,7 @@ from omrl.core import events, seeding
 from omrl.core.files import atomic_dir, atomic_path, package_versions, write_text
 from omrl.core.parallel import run_tasks
 from omrl.envs.base import Family, StepResult, Task, load_family
+from omrl.envs.simulate import episodes
 
 _EVALUATION_EPISODES = 5
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
@@ -215,12 +216,5 @@ def evaluate(model: SAC, family: Family, task: Task, seed: int) -> float:
     """Return the mean reported return of the deterministic policy over a few test episodes."""
     env = family.batch([task], _EVALUATION_EPISODES)
     rngs = [seeding.generator(seed, "progress", i) for i in range(_EVALUATION_EPISODES)]
-    observation = env.reset(rngs)
-    total, alive = np.zeros(_EVALUATION_EPISODES), np.ones(_EVALUATION_EPISODES, dtype=bool)
-    for _ in range(family.horizon):
-        action, _ = model.predict(observation, deterministic=True)
-        result = env.step(action)
-        total += alive * (result.sparse_reward if family.returns == "sparse" else result.reward)
-        alive &= ~result.terminated
-        observation = result.next_observation
-    return float(total.mean())
+    ran = episodes(env, lambda seen, _: model.predict(seen, deterministic=True)[0], family.horizon, rngs)
+    return float(ran.returns(family.returns == "sparse").mean())

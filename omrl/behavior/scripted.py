@@ -17,6 +17,7 @@ from omrl.core.errors import UserError
 from omrl.core.files import atomic_dir, write_json, write_text
 from omrl.core.progress import Progress
 from omrl.envs.base import Array, Family, Task, load_family
+from omrl.envs.simulate import episodes
 
 _EVALUATION_EPISODES = 5
 
@@ -69,13 +70,9 @@ def _mean_return(family: Family, run: Run, checkpoint: int) -> float:
     rng = seeding.generator(run.seed, "script", checkpoint)
     actor = script_of(family, run.task, checkpoint, 0, _EVALUATION_EPISODES, rng)
     env = family.batch([run.task], _EVALUATION_EPISODES)
-    env.reset([seeding.generator(run.seed, "progress", i) for i in range(_EVALUATION_EPISODES)])
-    total, alive = np.zeros(_EVALUATION_EPISODES), np.ones(_EVALUATION_EPISODES, dtype=np.bool_)
-    for _ in range(family.horizon):
-        result = env.step(actor.mean_action(env.observation))
-        total += alive * (result.sparse_reward if family.returns == "sparse" else result.reward)
-        alive &= ~result.terminated
-    return float(total.mean())
+    starts = [seeding.generator(run.seed, "progress", i) for i in range(_EVALUATION_EPISODES)]
+    ran = episodes(env, lambda seen, _: actor.mean_action(seen), family.horizon, starts)
+    return float(ran.returns(family.returns == "sparse").mean())
 
 
 def train(

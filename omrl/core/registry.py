@@ -11,17 +11,19 @@ from types import ModuleType
 
 from omrl.core.errors import UserError, suggest
 
+_SHARED = ("base", "simulate")
+
 
 def names(package: str) -> list[str]:
     """Return the public names in ``package`` (``"omrl.envs"``), sorted; ``_`` in a file name reads ``-``.
 
-    Modules that start with an underscore and ``base`` hold shared code and have no name.
+    Modules that start with an underscore, and ``_SHARED``, hold shared code and have no name.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.submodule_search_locations is None:
         raise ValueError(f"{package} is not a package")
     found = (m.name for m in pkgutil.iter_modules(spec.submodule_search_locations))
-    return sorted(name.replace("_", "-") for name in found if not name.startswith("_") and name != "base")
+    return sorted(name.replace("_", "-") for name in found if not name.startswith("_") and name not in _SHARED)
 
 
 def load(package: str, name: str, what: str = "name", needs: tuple[str, ...] = (), where: str = "") -> ModuleType:

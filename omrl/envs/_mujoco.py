@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import gymnasium
 import mujoco
@@ -30,6 +30,7 @@ from omrl.core import seeding
 from omrl.core.config import Config
 from omrl.envs import _opengl
 from omrl.envs.base import Array, BatchEnv, Family, SingleEnv, StepResult, Task
+from omrl.envs.simulate import episodes
 
 _STATE = mujoco.mjtState.mjSTATE_FULLPHYSICS
 _ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
@@ -353,12 +354,11 @@ class MujocoFamily(Family):
         """Return, for every step of random episodes: was it before the end, s', features. Rows of steps."""
         rng = seeding.generator(0, self.name, "random floor")
         env = self.batch([task], _FLOOR_EPISODES)
-        env.reset([seeding.generator(0, self.name, "random start", i) for i in range(_FLOOR_EPISODES)])
-        alive = np.ones(_FLOOR_EPISODES, dtype=np.bool_)
-        rows: list[tuple[NDArray[np.bool_], Array, Array]] = []
-        for _ in range(self.horizon):
-            result = env.step(rng.uniform(-1.0, 1.0, (_FLOOR_EPISODES, self.action_size)).astype(np.float32))
-            rows.append((alive.copy(), result.next_observation, result.features))
-            alive &= ~result.terminated
-        mask, observation, features = (np.concatenate(parts) for parts in zip(*rows, strict=True))
-        return mask, observation, features
+        starts = [seeding.generator(0, self.name, "random start", i) for i in range(_FLOOR_EPISODES)]
+        shape = (_FLOOR_EPISODES, self.action_size)
+        ran = episodes(env, lambda *_: rng.uniform(-1.0, 1.0, shape).astype(np.float32), self.horizon, starts)
+
+        def by_step(values: NDArray[Any]) -> NDArray[Any]:
+            return values.swapaxes(0, 1).reshape(-1, *values.shape[2:])
+
+        return by_step(ran.valid), by_step(ran.next_observation), by_step(ran.features)

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from omrl.core import seeding
 from omrl.core.config import Config
 from omrl.envs.base import Array, BatchEnv, Family, SingleEnv, StepResult, Task
+from omrl.envs.simulate import episodes
 
 STEP = np.float32(0.1)  # length of a full action along an axis, in units of the plane
 _ROLLOUTS = 4096  # random rollouts behind the random floor
@@ -300,12 +301,13 @@ class PointFamily(Family):
         rng = seeding.generator(0, self.name, "random floor")
         env = self.batch([task], _ROLLOUTS)
         starts = (seeding.generator(0, self.name, "random start", i) for i in range(_ROLLOUTS))
-        env.reset(list(starts) if self.point.start != "origin" else None)
-        total = np.zeros(_ROLLOUTS)
-        for _ in range(self.horizon):
-            result = env.step(rng.uniform(-1.0, 1.0, (_ROLLOUTS, 2)).astype(np.float32))
-            total += result.sparse_reward if self.returns == "sparse" else result.reward
-        return float(total.mean())
+        ran = episodes(
+            env,
+            lambda *_: rng.uniform(-1.0, 1.0, (_ROLLOUTS, 2)).astype(np.float32),
+            self.horizon,
+            list(starts) if self.point.start != "origin" else None,
+        )
+        return float(ran.returns(self.returns == "sparse").mean())
 
     def plane(self, task: Task) -> dict[str, Any]:
         """Return goal and reward disc for a picture of the plane."""

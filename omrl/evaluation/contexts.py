@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omrl.algorithms.base import Algorithm, Belief, Draw, join_beliefs, map_belief
-from omrl.behavior.simulate import Episodes
 from omrl.data.taskdata import TaskData
+from omrl.envs.simulate import Episodes
 from omrl.nets.experience import Experience, from_arrays
 
 

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from omrl.algorithms.base import load_model, load_tensors
-from omrl.behavior.simulate import Episodes
 from omrl.core import layout, registry
 from omrl.core.config import Config, parse
 from omrl.core.errors import UserError, suggest
@@ -24,6 +23,7 @@ from omrl.core.progress import Progress
 from omrl.data.parquet import read_transitions, verified, write_table
 from omrl.data.taskdata import TaskData
 from omrl.envs.base import Family
+from omrl.envs.simulate import Episodes
 from omrl.evaluation.embeddings import attention, embedding_variance, esr, rms, sample_embeddings, sparsity_curve
 from omrl.evaluation.protocols.base import PACKAGE, ProtocolConfig, Run, protocol
 from omrl.learning.train import CURVE

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from omrl.algorithms.base import Algorithm, Belief
-from omrl.behavior.simulate import Episodes, episodes
 from omrl.core import registry, seeding
 from omrl.core.config import Config
 from omrl.data.taskdata import TaskData
 from omrl.envs.base import Array, Family, StepResult
+from omrl.envs.simulate import Episodes, episodes
 from omrl.nets.experience import from_arrays
 
 PACKAGE, NEEDS = "omrl.evaluation.protocols", ("CONFIG", "run")

@@ -30,10 +30,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from omrl.algorithms.base import Algorithm, Belief
-from omrl.behavior.simulate import Episodes, episodes
 from omrl.core import seeding
 from omrl.data.taskdata import ORDER, TaskData
 from omrl.envs.base import Array
+from omrl.envs.simulate import Episodes, episodes
 from omrl.evaluation.contexts import draw_rows, gather
 from omrl.evaluation.protocols.base import ProtocolConfig, Run
 from omrl.learning.sampler import Sampler

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from omrl.algorithms.base import map_belief
-from omrl.behavior.simulate import Episodes
+from omrl.envs.simulate import Episodes
 from omrl.evaluation.contexts import offline_context
 from omrl.evaluation.protocols.base import ProtocolConfig, Run, other_task
 from omrl.nets.experience import Experience

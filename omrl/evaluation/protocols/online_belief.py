@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from omrl.behavior.simulate import Episodes
+from omrl.envs.simulate import Episodes
 from omrl.evaluation.protocols.base import ProtocolConfig, Run
 
 

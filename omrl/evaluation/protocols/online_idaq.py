@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from omrl.behavior.simulate import Episodes
+from omrl.envs.simulate import Episodes
 from omrl.evaluation.protocols.base import Run
 from omrl.evaluation.protocols.online_prior import OnlineConfig, run_online
 

@@ -21,8 +21,8 @@ import torch
 from pydantic import Field, model_validator
 
 from omrl.algorithms.base import Belief, map_belief
-from omrl.behavior.simulate import Episodes
 from omrl.core import seeding
+from omrl.envs.simulate import Episodes
 from omrl.evaluation.contexts import adapt_to_own, offline_belief
 from omrl.evaluation.protocols.base import ProtocolConfig, Run
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from omrl.behavior.simulate import Episodes
+from omrl.envs.simulate import Episodes
 from omrl.evaluation.protocols.base import Run
 from omrl.evaluation.protocols.offline_context import OfflineConfig, run_offline
 from omrl.nets.experience import Experience, from_arrays
