@@ -11,7 +11,7 @@ import typer
 
 from omrl import __version__
 from omrl.core import registry
-from omrl.core.errors import UserError, run, shown
+from omrl.core.errors import UserError, for_terminal, run
 
 app = typer.Typer(
     add_completion=False,
@@ -90,7 +90,7 @@ def data(path: Annotated[Path, typer.Argument(help="a folder under data/, a Parq
     """Show what is in a folder: a dataset's card with returns by checkpoint, else what it was made from."""
     from omrl.report.folders import describe
 
-    print(shown(describe(path)))
+    print(for_terminal(describe(path)))
 
 
 @app.command()
@@ -167,7 +167,7 @@ def lineage(
     if inside and (Path(name).exists() or {"data", "reports"} & set(Path(name).parts)):
         name = full.relative_to(top).as_posix()
     result = trace(Pipeline(folder), f"{name}{colon}{rest}", row)
-    print(json.dumps(result, indent=1, sort_keys=True) if as_json else shown(tree(result)))
+    print(json.dumps(result, indent=1, sort_keys=True) if as_json else for_terminal(tree(result)))
     if result["problems"]:
         raise typer.Exit(1)
 
@@ -191,7 +191,7 @@ def verify(
         built = Pipeline(folder)
         checked, damage = verify_pipeline(built)
         for entry in damage:
-            print(f"DAMAGED {shown(str(entry))}")
+            print(f"DAMAGED {for_terminal(str(entry))}")
         total += len(damage)
         print(f"{folder}: {checked} files and cache objects checked, {len(damage)} damaged")
     if total:

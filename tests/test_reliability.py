@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from omrl import cli
 from omrl.algorithms.base import Spec, create, load_model, save_model
 from omrl.core import errors, files, parallel
 from omrl.core.errors import UserError
@@ -143,6 +144,12 @@ def test_one_process_at_a_time_and_the_other_is_named(tmp_path):
         pass
 
 
+def test_the_command_line_shows_all_of_a_card_and_nothing_raw(monkeypatch, capsys):
+    monkeypatch.setattr("omrl.report.folders.describe", lambda path: "line\n" * 100 + "\x1b[31mred")
+    cli.data(Path("data/datasets/expert"))
+    assert capsys.readouterr().out == "line\n" * 100 + "\\x1b[31mred\n"
+
+
 # --- files that claim too much ------------------------------------------------------------------------------
 
 
@@ -150,6 +157,7 @@ def limited(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
     """Run ``code``, after its imports, with room for half a gigabyte more."""
     head = """
 import resource, sys
+from omrl import cli
 from omrl.algorithms.base import load_model
 from omrl.behavior.checkpoints import load_actor
 from omrl.core.errors import run
