@@ -39,16 +39,16 @@ def report(folder: Path, returns: dict[tuple[str, str], float], tasks: range = r
 
 
 def test_results_stand_beside_the_published_ones(tmp_path):
-    published = {"published": "focal-table-6"}
+    published = {"published": "focalpp-table-1-sparse-point-robot"}
     first = report(tmp_path / "pipelines/a", {("focal", "expert"): 8.5, ("focal", "mixed"): 1.0}, report=published)
     second = report(tmp_path / "pipelines/b", {("linear", "mixed"): 2.0}, report={"published": "focal-table-1"})
     write_text(tmp_path / "pipelines/c/params.yaml", "env: x\n")  # never built
     found = collect.all_results([first, second, tmp_path / "pipelines/c"])
     assert [result.name for result in found] == ["a", "b"]
     text = collect.as_text(found)
-    assert "a: point-robot, ood-checkpoint; published: FOCAL (Li et al., ICLR 2021), Table 6" in text
+    assert "a: point-robot, ood-checkpoint; published: FOCAL++ (Li et al., 2022), Table 1" in text
     row = next(line for line in text.splitlines() if line.startswith("focal      expert"))
-    assert row.split() == ["focal", "expert", "expert", "8.50", "[7.50,", "9.50]", "12", "0.50", "8.16", "+0.34"]
+    assert "".join(row.split()) == "focalexpertexpert8.50[7.50,9.50]120.5011.84±1.05-3.34"
     table = collect.as_markdown(found).splitlines()
     assert len(table) == 2 + 3
     assert table[3].endswith("|  |  |  |")  # nothing published of it, so no source either
