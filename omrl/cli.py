@@ -173,6 +173,20 @@ def lineage(
 
 
 @app.command()
+def video(
+    model: Annotated[Path, typer.Argument(help="a model's folder, such as data/models/focal/expert/0")],
+    task: Annotated[int | None, typer.Option(help="index of the task; else the first unseen one")] = None,
+    dataset: Annotated[str | None, typer.Option(help="where the context is from; else the training dataset")] = None,
+    transitions: Annotated[int, typer.Option(min=1, help="of context")] = 400,
+    output: Annotated[Path, typer.Option(help="GIF to write")] = Path("video.gif"),
+) -> None:
+    """Film a model on a task, before and after it has seen some context; in the pipeline's folder."""
+    from omrl.report.video import video as film
+
+    print(film(model, task, dataset, transitions, output))
+
+
+@app.command()
 def verify(
     pipeline: Annotated[Path | None, typer.Option(help="one pipeline; else all that have a dvc.lock")] = None,
 ) -> None:

@@ -159,7 +159,7 @@ class MetaworldBatch(BatchEnv):
         self.observation = following
         return StepResult(following, dense, sparse, np.zeros(rows, dtype=np.bool_), features)
 
-    def render(self, row: int = 0) -> NDArray[np.uint8]:
+    def render(self, row: int = 0, path: Sequence[Array] = ()) -> NDArray[np.uint8]:
         """Return a picture of copy ``row``, uint8 [480, 480, 3].
 
         Raises:

@@ -223,7 +223,7 @@ class MujocoBatch(BatchEnv):
         dense, sparse = family.rewards(self._task, self.observation, features)
         return StepResult(self.observation, dense, sparse, family.terminated(after), features)
 
-    def render(self, row: int = 0) -> NDArray[np.uint8]:
+    def render(self, row: int = 0, path: Sequence[Array] = ()) -> NDArray[np.uint8]:
         """Return a picture of copy ``row``, uint8 [480, 480, 3].
 
         Raises:

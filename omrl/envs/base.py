@@ -64,8 +64,12 @@ class BatchEnv(abc.ABC):
     def step(self, actions: Array) -> StepResult:
         """Apply agent-scale actions, float32 [B, action_size] in [-1, 1] (clipped)."""
 
-    def render(self, row: int = 0) -> NDArray[np.uint8]:
+    def render(self, row: int = 0, path: Sequence[Array] = ()) -> NDArray[np.uint8]:
         """Return a picture of copy ``row``, uint8 [height, width, 3].
+
+        Args:
+            row: which copy.
+            path: its observations so far, for those that draw where it was.
 
         Raises:
             UserError: nothing here can be drawn, or there is no OpenGL.
