@@ -64,7 +64,13 @@ def model(tmp_path, monkeypatch) -> Path:
     write_manifest("data/datasets/expert", kind="dataset", inputs={}, parameters={}, files=files)
     folder = Path("data/models/focal/expert/0")
     save_model(create("focal", {"width": 8, "encoder_width": 8}, Spec(2, 2, False), 0, "cpu"), folder, "focal", "focal")
-    write_manifest(folder, kind="model", inputs={}, parameters={"dataset": "expert"}, files={})
+    write_manifest(
+        folder,
+        kind="model",
+        inputs={},
+        parameters={"dataset": "expert"},
+        files={"config.json": None, "model.safetensors": None},
+    )
     return folder
 
 
