@@ -61,10 +61,12 @@ pipelines: setup  ## copy dvc.yaml into every pipelines/<name>/
 	@for folder in pipelines/*/; do cp dvc.yaml $$folder/dvc.yaml; done
 
 lock: setup  ## refresh requirements.lock from what is installed
-	@{ head -n 1 requirements.lock; python -m pip freeze --exclude-editable --disable-pip-version-check | sed 's/+cpu$$//'; } > requirements.lock.new
+	@{ head -n 1 requirements.lock; python -m pip freeze --all --exclude pip --exclude-editable --disable-pip-version-check | sed 's/+cpu$$//'; } > requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 
-clean:  ## remove caches and unfinished work, keep data and results
+clean:  ## remove caches, unfinished work and what the smoke pipeline left; keep data and results
+	rm -rf pipelines/smoke/data pipelines/smoke/reports pipelines/smoke/dvc.lock # for tests only; DVC wants its lock unignored
+	rm -rf dvc_plots pipelines/*/dvc_plots
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	rm -rf data/.scratch pipelines/*/data/.scratch
 	find omrl stages tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

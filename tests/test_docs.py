@@ -110,3 +110,37 @@ def test_the_algorithm_of_the_page_works(awr, tmp_path):
     assert float((algorithm.actions(s, z)[..., 0].mean(1) - 0.8 * (1.0 - 2 * tasks)).abs().max()) < 0.3
     save_model(algorithm, tmp_path / "model", "mine", awr)
     assert torch.equal(load_model(tmp_path / "model", "cpu").actions(s, z), algorithm.actions(s, z))
+    assert torch.equal(load_model(tmp_path / "model", "cpu").act(s, z), algorithm.act(s, z))
+
+
+def rows_of(text: str, title: str) -> dict[tuple[str, ...], str]:
+    """Return (first three fields) -> field ``title`` of the first table that has it."""
+    lines = [[field.strip() for field in line.strip()[1:-1].split("|")] for line in text.splitlines()]
+    head = next(i for i, fields in enumerate(lines) if title in fields and fields[0] == "algorithm")
+    rows = {}
+    for fields in lines[head + 2 :]:
+        if len(fields) < 4:
+            break
+        rows[tuple(fields[:3])] = fields[lines[head].index(title)]
+    return rows
+
+
+@pytest.mark.parametrize("title", ["return", "normalized", "interval"])
+def test_the_readme_shows_the_numbers_of_the_report(title):
+    shown = rows_of((DOCS.parent / "README.md").read_text(encoding="utf-8"), title)
+    report = rows_of((DOCS.parent / "reports/results.md").read_text(encoding="utf-8"), title)
+    assert len(shown) >= 5
+    for row, value in shown.items():
+        if not row[0].startswith("*") or title == "return":
+            assert value == report[row].strip("[]").replace(", ", " to "), f"README.md: {row}"
+
+
+@pytest.mark.parametrize("page", sorted(p.relative_to(DOCS.parent).as_posix() for p in [
+    *DOCS.rglob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md",
+]))  # fmt: skip
+def test_links_of_a_page_lead_somewhere(page):
+    file = DOCS.parent / page
+    text = re.sub(r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.M | re.S)
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if not link.startswith("http")]
+    missing = [link for link in links if not (file.parent / link).exists()]
+    assert not missing, f"{page}: {missing}"

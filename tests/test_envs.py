@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import subprocess
+import sys
 import warnings
 
 import gymnasium
@@ -41,8 +43,48 @@ def streams(count: int) -> list[np.random.Generator]:
 def test_gymnasium_accepts_the_single_form(family):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an unbounded plane is what it is
-        check_env(gymnasium.make(family.env_id).unwrapped)
+        check_env(gymnasium.make(family.env_id, render_mode="rgb_array").unwrapped)
         check_env(family.make(family.sample(3, 0)).unwrapped)
+
+
+def test_a_point_robot_is_drawn_with_goal_disc_and_path(family):
+    task = family.sample(1, 0)
+    env = gymnasium.make(family.env_id, task=task, render_mode="rgb_array")
+    env.reset(seed=0)
+    assert env.render().shape == (480, 480, 3)
+    first = env.render()
+    observation, *_ = env.step(np.array([1.0, -1.0], dtype=np.float32))
+    picture = env.render()
+    assert not np.array_equal(picture, first)
+
+    def pixel(x: float, y: float) -> list[int]:
+        return picture[int((2 - y) * 120), int((x + 2) * 120)].tolist()
+
+    assert pixel(*observation) == [0, 114, 178]  # the robot, y upwards
+    assert pixel(*task["goal"]) == [0, 158, 115]
+    beside = pixel(task["goal"][0] + 0.13, task["goal"][1] + 0.02)
+    assert (beside != [255, 255, 255]) == (family.returns == "sparse")  # inside the disc of radius 0.2
+    far = family.batch([task])
+    far.observation = np.array([[50.0, -3.0]], dtype=np.float32)
+    assert far.render().shape == (480, 480, 3)  # out of the picture
+    assert gymnasium.make(family.env_id).render_mode is None
+
+
+def test_importing_omrl_registers_every_family_and_outlives_a_broken_one():
+    code = (
+        "import gymnasium, omrl; from omrl.core import registry; "
+        "ids = {i for i in gymnasium.registry if i.startswith('OMRL/')}; "
+        "assert len(ids) == len(registry.names('omrl.envs')) > 10, ids; "
+        "print(gymnasium.make('OMRL/PointRobot-v0').spec.max_episode_steps)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "20"
+    direct = "import gymnasium; print(gymnasium.make('omrl:OMRL/AntDir-v0').spec.id)"
+    done = subprocess.run([sys.executable, "-c", direct], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "OMRL/AntDir-v0"
+    broken = "import sys; sys.modules['mujoco'] = None; import omrl.provenance.lockfile; print(omrl.__version__)"
+    done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == omrl.__version__
 
 
 def test_a_task_depends_on_seed_and_index_only(family):

@@ -194,6 +194,18 @@ def test_gymnasium_accepts_the_single_form(reach):
 
 
 @extra
+def test_a_picture_shows_the_copy_that_is_asked_for(reach):
+    batch = reach.batch([reach.sample(0, 0)], 2)
+    batch.step(np.array([[1, 1, 0, 0], [-1, -1, 0, 0]], dtype=np.float32))
+    try:
+        first = batch.render(0)
+    except UserError:
+        pytest.skip("no OpenGL here")
+    assert (first.shape, first.dtype) == ((480, 480, 3), np.uint8)
+    assert not np.array_equal(first, batch.render(1))
+
+
+@extra
 def test_random_hands_collect_less_than_ones_that_reach(reach):
     task = reach.sample(0, 0)
     batch, total = reach.batch([task]), 0.0

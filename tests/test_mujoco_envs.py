@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import re
+import subprocess
+import sys
 import warnings
 
 import gymnasium
@@ -14,7 +18,7 @@ from gymnasium.utils.env_checker import check_env
 
 from omrl.core import registry
 from omrl.core.errors import UserError
-from omrl.envs import _rand_params
+from omrl.envs import _opengl, _rand_params
 from omrl.envs._mujoco import MujocoFamily, sparsify
 from omrl.envs.base import load_family
 
@@ -66,6 +70,48 @@ def test_gymnasium_accepts_the_single_form(family):
         warnings.simplefilter("ignore")  # unbounded observations are what they are
         check_env(family.make(family.sample(1, 0)).unwrapped, skip_render_check=True)
     assert type(gymnasium.make(family.env_id).unwrapped).__module__ == type(family).__module__
+
+
+def opengl() -> bool:
+    try:
+        _opengl._context()
+    except UserError:
+        return False
+    return True
+
+
+def test_a_picture_shows_the_scene_or_one_line_says_why_not(family):
+    env = gymnasium.make(family.env_id, render_mode="rgb_array")
+    env.reset(seed=0)
+    if not opengl():
+        with pytest.raises(UserError, match=r"no picture: OpenGL by .* does not work here.*libegl1"):
+            env.render()
+        return
+    first = env.render()
+    assert (first.shape, first.dtype) == ((480, 480, 3), np.uint8)
+    assert first.std() > 10  # not one color
+    for _ in range(5):
+        env.step(np.ones(family.action_size, dtype=np.float32))
+    assert not np.array_equal(env.render(), first)
+    batch = family.batch([family.sample(0, 1337)], 2)
+    batch.reset([np.random.default_rng(0), np.random.default_rng(1)])
+    assert not np.array_equal(batch.render(0), batch.render(1))
+
+
+def test_without_opengl_one_line_names_the_way_out():
+    code = (
+        "from omrl.core.errors import run\nfrom omrl.envs.base import load_family\n"
+        "f = load_family('ant-dir')\nrun(lambda: print(f.picture(f.sample(0, 0))))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**environment, "MUJOCO_GL": "glfw"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"error: no picture: .*MUJOCO_GL=egl or (MUJOCO_GL=)?osmesa", done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
 
 
 def test_batched_is_single_bit_for_bit_in_any_company(family):

@@ -6,6 +6,7 @@ import json
 import re
 import struct
 import subprocess
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from omrl.core.errors import UserError
 from omrl.core.files import write_json, write_manifest, write_text
 from omrl.data.parquet import write_table
 from omrl.envs.base import load_family
+from omrl.provenance import fingerprint
 from omrl.report import ReportConfig, figures, scene
 from omrl.report.build import build_report
 from omrl.report.published import TABLES
@@ -207,16 +209,72 @@ def test_the_page_needs_nothing_else_and_shows_every_picture(folder):
     reports = build(folder)
     html = (reports / "index.html").read_text()
     pictures = sorted(p.stem for p in (reports / "figures").iterdir())
-    expected = ["attention", "behavior", "context", "datasets", "embeddings", "results", "sparsity", "trajectories",
-                "training"]  # fmt: skip
+    expected = ["attention", "behavior", "context", "datasets", "embeddings", "improvement", "profiles", "results",
+                "sparsity", "trajectories", "training"]  # fmt: skip
     assert pictures == sorted(expected)
     assert html.count("data:image/png;base64,") == len(expected)
-    assert not re.findall(r'(?:src|href)="(?!data:)', html)
+    links = re.findall(r'(?:src|href)="(?!data:)([^"]*)"', html)
+    assert "results.csv" in links
+    assert all((reports / link).is_file() for link in links), links
     assert "tmp" not in re.sub(r'data:image/png;base64,[^"]*', "", html)
     for path in (reports / "figures").iterdir():
         width, height = struct.unpack(">II", path.read_bytes()[16:24])
-        assert width > 300
+        assert width == 990  # the same for all
         assert height > 150
+
+
+class Tables(HTMLParser):
+    """Collects the headings and rows of every table of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.keys: list[str | None] = []
+        self._open = False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append("")
+            self._open = True
+            self.keys.append(dict(attrs).get("data-v"))
+
+    def handle_endtag(self, tag):
+        self._open = self._open and tag not in ("th", "td")
+
+    def handle_data(self, data):
+        if self._open:
+            self.tables[-1][-1][-1] += data
+
+
+def test_tables_of_the_page_are_whole_and_can_be_sorted(folder):
+    html = (build(folder) / "index.html").read_text()
+    main, more, datasets, chain = Tables(html).tables
+    for table in (main, more, datasets, chain):
+        assert len({len(line) for line in table}) == 1
+        assert all(any(line[i].strip() for line in table[1:]) for i in range(len(table[0]))), "an empty column"
+    assert len(main[0]) <= 9  # more do not fit into 800 pixels
+    focal = dict(zip(main[0], main[1], strict=True)) if main[1][0] == "focal" else {}
+    assert (focal["published"], focal["beats the best"][:4]) == ("8.16", "50 %")  # one task ahead, one behind
+    assert "not told apart" in focal["behind the best"]
+    assert "overlap are not told apart" not in html
+    keys = [float(key) for key in Tables(html).keys if key and re.fullmatch(r"-?[0-9.e-]+", key)]
+    assert len(keys) > 30
+    for heading in main[0]:
+        assert heading.startswith(("algorithm", "trained")) or f"<dt>{heading}</dt>" in html, heading
+    assert "prefers-color-scheme: dark" in html
+    assert "focal is not told apart from it" in html
+    numbers = pd.read_csv(folder / "reports/plots/improvement.csv")
+    assert numbers.query("row == 'focal'")["probability"].tolist() == [0.5]
+
+
+def test_the_page_is_part_of_the_report_stage_fingerprint():
+    found = fingerprint.fingerprint("omrl.report.build")["modules"]
+    assert {f"omrl.report/templates/page.{kind}" for kind in ("html", "css", "js")} <= set(found)
 
 
 def test_lineage_names_every_folder_behind_every_number(folder):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from omrl.evaluation.statistics import bootstrap_means, compare, iqm, summarize
+from omrl.evaluation.statistics import bootstrap_means, compare, improvement, iqm, profile, summarize
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=60))
@@ -68,3 +68,30 @@ def test_a_paired_comparison_ignores_what_tasks_share():
     assert not compare(first, first, 500, 0.95, np.random.default_rng(1)).supported
     with pytest.raises(ValueError, match="20 and 19 tasks"):
         compare(first, second[:, :19], 500, 0.95, rng)
+
+
+@given(st.lists(st.floats(0, 2), min_size=1, max_size=30))
+def test_the_area_under_a_profile_is_the_mean(values):
+    scores = np.array([values])
+    levels = np.linspace(0, 2, 20_001)
+    found = profile(scores, levels)
+    assert (np.diff(found) <= 0).all()
+    assert found.mean() * 2 == pytest.approx(scores.mean(), abs=1e-3)
+
+
+def test_improvement_is_the_mann_whitney_statistic_of_each_task():
+    rng = np.random.default_rng(3)
+    first, second = rng.integers(0, 4, (5, 3)).astype(float), rng.integers(0, 4, (4, 3)).astype(float)
+    expected = np.mean([stats.mannwhitneyu(first[:, t], second[:, t]).statistic / 20 for t in range(3)])
+    found = improvement(first, second, 500, 0.9, rng)
+    assert found.mean == pytest.approx(expected)
+    assert found.low <= found.mean <= found.high
+    assert improvement(second, first, 10, 0.9, rng).mean == pytest.approx(1 - expected)
+
+
+def test_a_run_that_is_always_ahead_improves_for_certain_and_other_tasks_are_refused():
+    low = np.zeros((2, 4))
+    found = improvement(low + 1, low, 50, 0.9, np.random.default_rng(0))
+    assert (found.mean, found.low, found.high) == (1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="expected the same tasks"):
+        improvement(low, low[:, :3], 50, 0.9, np.random.default_rng(0))

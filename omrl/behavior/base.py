@@ -177,6 +177,11 @@ def progress_line(step: int, updates: int, values: Sequence[float]) -> str:
     return ",".join([str(step), str(updates), *shown])
 
 
+def named(values: Sequence[float]) -> dict[str, float]:
+    """Return the values of a line of ``progress.csv`` by name: the return, then the ``LOSSES`` that there are."""
+    return {name: value for name, value in zip(("return", *LOSSES), values, strict=False) if math.isfinite(value)}
+
+
 @dataclass(frozen=True)
 class Run:
     """One task to train a behavior policy for.

@@ -30,12 +30,13 @@ from omrl.behavior.base import (
     BehaviorConfig,
     Run,
     checkpoint_name,
+    named,
     progress_line,
     task_folder,
 )
 from omrl.behavior.replay import ReplayWriter
 from omrl.behavior.stacked import Stack, StackedSac
-from omrl.core import parallel, seeding
+from omrl.core import events, parallel, seeding
 from omrl.core.allocator import keep_memory
 from omrl.core.errors import UserError
 from omrl.core.files import atomic_path, canonical, remove_dir, write_text
@@ -151,6 +152,7 @@ class Group:
         }
         self.clock = _Clock(0, 0, np.zeros(count, np.int64), np.zeros(count, np.int64))
         self.losses: dict[str, Tensor] = {}
+        self.boards = [events.writer(f"behavior/{task_folder(run.index)}") for run in runs]
         tasks = [run.index for run in runs]
         self._kept = ReplayWriter(family, tasks, config.checkpoint_every) if config.keep_replay else None
 
@@ -385,6 +387,7 @@ def _keep(group: Group, folder: Path, step: int) -> None:
                 f"behavior policy of task {run.index} diverged by step {step}: its return or a loss is not finite; "
                 "lower behavior.sac.learning_rate in params.yaml"
             )
+        group.boards[place].scalars(step, named(values))
         line = progress_line(step, group.clock.updates, values)
         path = own / PROGRESS
         lines = (

@@ -28,10 +28,12 @@ from omrl.behavior.base import (
     BehaviorConfig,
     Run,
     checkpoint_name,
+    named,
     progress_line,
+    task_folder,
 )
 from omrl.behavior.replay import ReplayWriter
-from omrl.core import seeding
+from omrl.core import events, seeding
 from omrl.core.files import atomic_dir, atomic_path, package_versions, write_text
 from omrl.core.parallel import run_tasks
 from omrl.envs.base import Family, StepResult, Task, load_family
@@ -123,6 +125,7 @@ def train_task(
     model.set_logger(Logger(folder=None, output_formats=[]))
     kept = KeepReplay(family, index, behavior) if behavior.keep_replay else None
     rows = [PROGRESS_HEADER]
+    board = events.writer(f"behavior/{task_folder(index)}")
     with atomic_dir(folder) as work:
         for step in behavior.checkpoint_steps():
             if step:
@@ -134,6 +137,7 @@ def train_task(
             save_checkpoint(model, work / checkpoint_name(step))
             losses = [model.logger.name_to_value.get(f"train/{name}") for name in LOSSES]
             values = [evaluate(model, family, task, seed), *(math.nan if x is None else float(x) for x in losses)]
+            board.scalars(step, named(values))
             rows.append(progress_line(step, model._n_updates, values))
         write_text(work / PROGRESS, "\n".join(rows) + "\n")
 

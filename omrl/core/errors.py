@@ -12,6 +12,12 @@ import sys
 from collections.abc import Callable, Iterable
 
 EXIT_USER_ERROR = 2
+# packages that the library does without, and the extra of pyproject.toml that brings them
+_EXTRA = {
+    **dict.fromkeys(("dask", "distributed", "dvc", "jinja2", "matplotlib", "sklearn", "stable_baselines3"), "pipeline"),
+    "tensorboard": "tensorboard",
+    "PIL": "video",
+}
 _PR_SET_PDEATHSIG = 1
 
 
@@ -85,6 +91,9 @@ def explain(error: BaseException) -> str | None:
     """Return the line to show for ``error``, or None if it is a defect of ours that needs its traceback."""
     if isinstance(error, UserError):
         return _one_line(str(error))
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if missing in _EXTRA:
+        return f"the package {missing} is not installed; run pip install 'omrl[{_EXTRA[missing]}]'"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in str(error):  # Rust and C++ libraries have no errno to show
         name = getattr(error, "filename", None)

@@ -31,16 +31,15 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
 
-import gymnasium
 import mujoco
 import numpy as np
-from gymnasium import spaces
 from numpy.typing import NDArray
 
 from omrl.core import seeding
-from omrl.core.config import Config, parse
+from omrl.core.config import Config
 from omrl.core.errors import UserError
-from omrl.envs.base import Array, BatchEnv, Family, StepResult, Task
+from omrl.envs import _opengl
+from omrl.envs.base import Array, BatchEnv, Family, SingleEnv, StepResult, Task
 
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION  # positions, velocities, the hand's target, the solver's last solution
 _SEEN = 18  # observed numbers of one moment
@@ -160,6 +159,21 @@ class MetaworldBatch(BatchEnv):
         self.observation = following
         return StepResult(following, dense, sparse, np.zeros(rows, dtype=np.bool_), features)
 
+    def render(self, row: int = 0) -> NDArray[np.uint8]:
+        """Return a picture of copy ``row``, uint8 [480, 480, 3].
+
+        Raises:
+            UserError: there is no OpenGL.
+        """
+        env = self._simulators[row // self._copies].env
+        mujoco.mj_setState(env.model, env.data, self._state[row][_SEEN:], _STATE)
+        mujoco.mj_forward(env.model, env.data)
+        camera = mujoco.MjvCamera()
+        camera.type = mujoco.mjtCamera.mjCAMERA_FREE
+        camera.lookat[:] = (0.0, 0.6, 0.1)  # the middle of the table
+        camera.distance, camera.azimuth, camera.elevation = 1.6, 140.0, -30.0
+        return _opengl.draw(env.model, env.data, camera)
+
 
 class MetaworldFamily(Family):
     """A benchmark of Meta-World: what a file of one adds is its tasks, features and reward.
@@ -173,6 +187,7 @@ class MetaworldFamily(Family):
     horizon = 500
     returns = "dense"
     inference_reward = "dense"  # the benchmark's own reward; the sparse one is its success
+    renders = True
     floor_episodes: ClassVar[int]  # random episodes behind the random floor
 
     def __init__(self, config: Config) -> None:
@@ -213,29 +228,7 @@ class MetaworldFamily(Family):
         return float(dense.astype(np.float64).sum() / self.floor_episodes)
 
 
-class MetaworldEnv(gymnasium.Env[Any, Any]):
+class MetaworldEnv(SingleEnv):
     """The single form: a batch of one, with the Gymnasium interface."""
 
-    metadata: dict[str, Any] = {"render_modes": []}
     family: ClassVar[type[MetaworldFamily]]
-
-    def __init__(
-        self, task: Task | None = None, config: dict[str, Any] | None = None, render_mode: str | None = None
-    ) -> None:
-        family = self.family(parse(self.family.CONFIG, config, f"configuration of '{self.family.name}':"))
-        self.task = task if task is not None else family.sample(0, 1337)
-        self.render_mode = render_mode
-        self._batch = family.batch([self.task])
-        self.observation_space = spaces.Box(-np.inf, np.inf, (family.observation_size,), np.float32)
-        self.action_space = spaces.Box(-1.0, 1.0, (family.action_size,), np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
-        """Start an episode."""
-        super().reset(seed=seed)
-        return self._batch.reset()[0].copy(), {}
-
-    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        """Act once; ``info["sparse_reward"]`` is the sparse reward, ``info["features"]`` what rewards need."""
-        result = self._batch.step(np.asarray(action, dtype=np.float32)[None])
-        info = {"sparse_reward": float(result.sparse_reward[0]), "features": result.features[0].copy()}
-        return result.next_observation[0].copy(), float(result.reward[0]), False, False, info

@@ -17,25 +17,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import gymnasium
 import mujoco
 import numpy as np
-from gymnasium import spaces
 from mujoco.rollout import Rollout
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from omrl.core import seeding
-from omrl.core.config import Config, parse
-from omrl.core.errors import UserError
-from omrl.envs.base import Array, BatchEnv, Family, StepResult, Task
+from omrl.core.config import Config
+from omrl.envs import _opengl
+from omrl.envs.base import Array, BatchEnv, Family, SingleEnv, StepResult, Task
 
 _STATE = mujoco.mjtState.mjSTATE_FULLPHYSICS
 _ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
 _FLOOR_EPISODES = 64  # random episodes behind the random floor
-_PICTURE = 480  # pixels, width and height of a rendered picture
 
 Doubles = NDArray[np.float64]
 
@@ -235,50 +233,13 @@ class MujocoBatch(BatchEnv):
         data = mujoco.MjData(model)
         mujoco.mj_setState(model, data, self._state[row], _STATE)
         mujoco.mj_forward(model, data)
-        camera = mujoco.MjvCamera()
-        camera.type = mujoco.mjtCamera.mjCAMERA_TRACKING
-        camera.trackbodyid = 1
-        camera.distance = 0.8 * float(model.stat.extent) if model.stat.extent > 1 else 4.0
-        camera.elevation = -15.0
-        try:
-            with mujoco.Renderer(model, _PICTURE, _PICTURE) as renderer:
-                renderer.update_scene(data, camera)
-                return np.array(renderer.render())
-        except mujoco.FatalError as error:
-            raise UserError(f"no picture: MuJoCo found no OpenGL ({error}); try MUJOCO_GL=egl or osmesa") from None
+        return _opengl.draw(model, data, self._family.viewpoint(model))
 
 
-class MujocoEnv(gymnasium.Env[Any, Any]):
+class MujocoEnv(SingleEnv):
     """The single form: a batch of one, with the Gymnasium interface."""
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}
     family: ClassVar[type[MujocoFamily]]
-
-    def __init__(
-        self, task: Task | None = None, config: dict[str, Any] | None = None, render_mode: str | None = None
-    ) -> None:
-        self._family = self.family(parse(self.family.CONFIG, config, f"configuration of '{self.family.name}':"))
-        self.task = task if task is not None else self._family.sample(0, 1337)
-        self.render_mode = render_mode
-        self._batch = MujocoBatch(self._family, [self.task], 1, 1)
-        self.observation_space = spaces.Box(-np.inf, np.inf, (self._family.observation_size,), np.float32)
-        self.action_space = spaces.Box(-1.0, 1.0, (self._family.action_size,), np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
-        """Start an episode."""
-        super().reset(seed=seed)
-        return self._batch.reset([self.np_random])[0].copy(), {}
-
-    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        """Act once; ``info["sparse_reward"]`` is the sparse reward, ``info["features"]`` what rewards need."""
-        result = self._batch.step(np.asarray(action, dtype=np.float32)[None])
-        info = {"sparse_reward": float(result.sparse_reward[0]), "features": result.features[0].copy()}
-        terminated = bool(result.terminated[0])
-        return result.next_observation[0].copy(), float(result.reward[0]), terminated, False, info
-
-    def render(self) -> Any:
-        """Return a picture, uint8 [480, 480, 3]; None unless ``render_mode`` is ``rgb_array``."""
-        return self._batch.render() if self.render_mode == "rgb_array" else None
 
 
 class MujocoFamily(Family):
@@ -351,6 +312,13 @@ class MujocoFamily(Family):
         """Return which copies have come to an end that is not the time limit's, bool [B]; none by default."""
         return np.zeros(len(after.qpos), dtype=np.bool_)
 
+    def viewpoint(self, model: mujoco.MjModel) -> mujoco.MjvCamera:
+        """Return the camera of a picture: it follows the body."""
+        camera = mujoco.MjvCamera()
+        camera.type, camera.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, 1
+        camera.distance, camera.elevation = 0.8 * float(model.stat.extent) if model.stat.extent > 1 else 4.0, -15.0
+        return camera
+
     def start(self, model: mujoco.MjModel, rng: np.random.Generator) -> Doubles:
         """Return a start, float64 [nq + nv]: positions + U(-0.1, 0.1), velocities 0.1 N(0, 1)."""
         qpos = model.qpos0 + rng.uniform(-0.1, 0.1, model.nq)
@@ -370,12 +338,6 @@ class MujocoFamily(Family):
     def batch(self, tasks: Sequence[Task], copies: int = 1, threads: int = 1) -> MujocoBatch:
         """Return ``len(tasks) * copies`` copies, simulated on ``threads`` threads; the numbers are the same."""
         return MujocoBatch(self, tasks, copies, threads)
-
-    def picture(self, task: Task) -> NDArray[np.uint8]:
-        """Return a picture of a start, uint8 [480, 480, 3]."""
-        batch = self.batch([task])
-        batch.reset([seeding.generator(0, self.name, "picture")])
-        return batch.render()
 
     def random_return(self, task: Task) -> float:
         """Return the mean over 64 episodes of uniform random actions from a fixed stream."""

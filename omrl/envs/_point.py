@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import gymnasium
 import numpy as np
-from gymnasium import spaces
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from omrl.core import seeding
-from omrl.core.config import Config, parse
-from omrl.envs.base import Array, BatchEnv, Family, StepResult, Task
+from omrl.core.config import Config
+from omrl.envs.base import Array, BatchEnv, Family, SingleEnv, StepResult, Task
 
 STEP = np.float32(0.1)  # length of a full action along an axis, in units of the plane
 _ROLLOUTS = 4096  # random rollouts behind the random floor
+_PICTURE = 480  # pixels, width and height of a picture
+_REACH = 2.0  # a picture shows [-2, 2]^2
 _GRID = 32  # starts along an axis behind the controllers' average over random starts
 STARTS = {  # corners of the boxes that episodes start in, in units of the plane
     "square": ((-1.0, -1.0), (1.0, 1.0)),
@@ -108,7 +108,7 @@ class PointBatch(BatchEnv):
 
     def __init__(self, family: PointFamily, tasks: Sequence[Task], copies: int) -> None:
         self._config = family.point
-        self._start = family.point.start
+        self._start, self._sparse = family.point.start, family.returns == "sparse"
         self._goal = np.repeat(np.array([t["goal"] for t in tasks], dtype=np.float32), copies, axis=0)
         wind = np.array([t.get("wind", (0.0, 0.0)) for t in tasks], dtype=np.float32)
         self._wind = np.repeat(wind, copies, axis=0)
@@ -147,6 +147,11 @@ class PointBatch(BatchEnv):
             np.zeros((rows, 0), dtype=np.float32),
         )
 
+    def render(self, row: int = 0, path: Sequence[Array] = ()) -> NDArray[np.uint8]:
+        """Return a picture of copy ``row``, uint8 [480, 480, 3]; ``path``: where it was before, [steps, 2]."""
+        radius = self._config.radius if self._sparse else None
+        return draw([*path, self.observation[row]], [float(v) for v in self._goal[row]], radius)
+
 
 def draw_start(rng: np.random.Generator, start: str) -> Array:
     """Return a place in the box ``start`` of ``STARTS``, float32 [2]."""
@@ -154,29 +159,60 @@ def draw_start(rng: np.random.Generator, start: str) -> Array:
     return rng.uniform(low, high).astype(np.float32)
 
 
-class PointEnv(gymnasium.Env[Any, Any]):
-    """The single form: a batch of one, with the Gymnasium interface."""
+def _disc(canvas: NDArray[np.float64], center: Sequence[float], radius: float, color: str, opacity: float = 1) -> None:
+    """Draw a filled disc with smooth edges; ``center`` and ``radius`` in units of the plane."""
+    scale = _PICTURE / (2 * _REACH)
+    x, y, r = (center[0] + _REACH) * scale, (_REACH - center[1]) * scale, radius * scale
+    rows, columns = (slice(max(0, int(v - r - 1)), max(0, int(v + r + 2))) for v in (y, x))
+    part = canvas[rows, columns]
+    down, along = np.ogrid[rows.start : rows.start + part.shape[0], columns.start : columns.start + part.shape[1]]
+    covered = opacity * np.clip(r + 0.5 - np.hypot(down + 0.5 - y, along + 0.5 - x), 0, 1)[..., None]
+    rgb = np.array([int(color[i : i + 2], 16) for i in (0, 2, 4)])
+    part[:] = (1 - covered) * part + covered * rgb
 
-    metadata: dict[str, Any] = {"render_modes": []}
+
+def draw(path: Sequence[Array], goal: Sequence[float], radius: float | None) -> NDArray[np.uint8]:
+    """Return a picture of the square [-2, 2]^2, uint8 [480, 480, 3]: goal, reward disc, path and robot.
+
+    Args:
+        path: positions, the last of which is where the robot is.
+        goal: of the task.
+        radius: of the disc where the sparse reward is given; None: no disc.
+    """
+    canvas = np.full((_PICTURE, _PICTURE, 3), 255.0)
+    canvas[:: _PICTURE // 8] = canvas[:, :: _PICTURE // 8] = 232.0  # a line every half unit
+    if radius is not None:
+        _disc(canvas, goal, radius, "009e73", 0.3)
+    _disc(canvas, goal, 0.05, "009e73")
+    for place in path[:-1]:
+        _disc(canvas, [float(v) for v in place], 0.02, "0072b2", 0.5)
+    _disc(canvas, [float(v) for v in path[-1]], 0.06, "0072b2")
+    return np.round(canvas).astype(np.uint8)
+
+
+class PointEnv(SingleEnv):
+    """The single form: a batch of one, with the Gymnasium interface; its pictures show the path so far."""
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}
     family: ClassVar[type[PointFamily]]
-
-    def __init__(self, task: Task | None = None, config: dict[str, Any] | None = None) -> None:
-        self._family = self.family(parse(self.family.CONFIG, config, f"configuration of '{self.family.name}':"))
-        self.task = task if task is not None else self._family.sample(0, 1337)
-        self._batch = PointBatch(self._family, [self.task], 1)
-        self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
-        self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+    _batch: PointBatch
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         """Start an episode."""
-        super().reset(seed=seed)
-        return self._batch.reset([self.np_random])[0].copy(), {}
+        observation, info = super().reset(seed=seed, options=options)
+        self._path = [observation]
+        return observation, info
 
     def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
         """Push once; ``info["sparse_reward"]`` is the sparse reward."""
-        result = self._batch.step(np.asarray(action, dtype=np.float32)[None])
-        info = {"sparse_reward": float(result.sparse_reward[0])}
-        return result.next_observation[0].copy(), float(result.reward[0]), False, False, info
+        found = super().step(action)
+        if self.render_mode is not None:
+            self._path.append(found[0])
+        return found
+
+    def render(self) -> Any:
+        """Return a picture, uint8 [480, 480, 3]; None unless ``render_mode`` is ``rgb_array``."""
+        return self._batch.render(0, self._path) if self.render_mode == "rgb_array" else None
 
 
 class PointFamily(Family):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import gymnasium
 import numpy as np
+from gymnasium import spaces
 from gymnasium.envs.registration import register
 from numpy.typing import NDArray
 
@@ -63,6 +64,14 @@ class BatchEnv(abc.ABC):
     def step(self, actions: Array) -> StepResult:
         """Apply agent-scale actions, float32 [B, action_size] in [-1, 1] (clipped)."""
 
+    def render(self, row: int = 0) -> NDArray[np.uint8]:
+        """Return a picture of copy ``row``, uint8 [height, width, 3].
+
+        Raises:
+            UserError: nothing here can be drawn, or there is no OpenGL.
+        """
+        raise UserError(f"{type(self).__name__} has no picture: it has no method render")
+
 
 class Family(abc.ABC):
     """A distribution of tasks over one Gymnasium environment, for one resolved configuration."""
@@ -80,7 +89,7 @@ class Family(abc.ABC):
     # (FOCAL App. D.2 and FOCAL++ Eq. 35 for their sparse families), else dense. Of the class, or of the instance.
     inference_reward: Literal["dense", "sparse"]
     context_next_observation: ClassVar[bool]  # does the context encoder see s'?
-    renders: ClassVar[bool] = False  # is there a simulator to look into?
+    renders: ClassVar[bool] = False  # does a report show its scene? Point robots are drawn with their paths there
     capacity: int | None  # how many tasks there are; None: no limit
     first_test: int | None = None  # place of the first task that the published split of a list tests on; None: its end
     relabel_overrides: ClassVar[tuple[str, ...]] = ()  # keys of its configuration that a relabelled set may replace
@@ -212,12 +221,14 @@ class Family(abc.ABC):
         return None
 
     def picture(self, task: Task) -> NDArray[np.uint8]:
-        """Return a rendered picture of the start of an episode, uint8 [height, width, 3].
+        """Return a picture of the start of an episode, uint8 [height, width, 3].
 
         Raises:
-            UserError: this family has none, or there is no OpenGL.
+            UserError: nothing here can be drawn, or there is no OpenGL.
         """
-        raise UserError(f"'{self.name}' has no rendered picture")
+        batch = self.batch([task])
+        batch.reset([seeding.generator(0, self.name, "picture")])
+        return batch.render()
 
     def _check_index(self, index: int) -> None:
         if index < 0 or (self.capacity is not None and index >= self.capacity):
@@ -226,6 +237,51 @@ class Family(abc.ABC):
                 f"task index {index} is out of range: '{self.name}' has tasks {limit or '0 and up'}; "
                 "see tasks.train and tasks.test in params.yaml"
             )
+
+
+class SingleEnv(gymnasium.Env[Any, Any]):
+    """The single form of a family: a batch of one, with the Gymnasium interface.
+
+    Observations, actions and pictures are those of the batch. Without a task it is the first one of seed 1337.
+
+    Args:
+        task: parameters.
+        config: of the family, overrides of its defaults.
+        render_mode: ``rgb_array``, or None.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}
+    family: ClassVar[type[Family]]
+
+    def __init__(
+        self, task: Task | None = None, config: dict[str, Any] | None = None, render_mode: str | None = None
+    ) -> None:
+        family = self.family(parse(self.family.CONFIG, config, f"configuration of '{self.family.name}':"))
+        self.task = task if task is not None else family.sample(0, 1337)
+        self.render_mode = render_mode
+        self._batch = family.batch([self.task])
+        self.observation_space = spaces.Box(-np.inf, np.inf, (family.observation_size,), np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, (family.action_size,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
+        """Start an episode."""
+        super().reset(seed=seed)
+        return self._batch.reset([self.np_random])[0].copy(), {}
+
+    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        """Act once; ``info["sparse_reward"]`` is the sparse reward, ``info["features"]`` what rewards need."""
+        result = self._batch.step(np.asarray(action, dtype=np.float32)[None])
+        info = {"sparse_reward": float(result.sparse_reward[0]), "features": result.features[0].copy()}
+        terminated = bool(result.terminated[0])
+        return result.next_observation[0].copy(), float(result.reward[0]), terminated, False, info
+
+    def render(self) -> Any:
+        """Return a picture, uint8 [480, 480, 3]; None unless ``render_mode`` is ``rgb_array``.
+
+        Raises:
+            UserError: there is no OpenGL.
+        """
+        return self._batch.render() if self.render_mode == "rgb_array" else None
 
 
 def config_class(name: str) -> type[Config]:

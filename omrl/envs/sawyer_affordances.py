@@ -190,6 +190,13 @@ class SawyerAffordances(MujocoFamily):
         there = (task["drawer"], task["button"])
         return _compile(task["side"], task["drawer_open"], tuple(task["object"]), tuple(task["tray"]), there)
 
+    def viewpoint(self, model: mujoco.MjModel) -> mujoco.MjvCamera:
+        """Return a camera on the table, from behind the robot's right shoulder."""
+        camera = mujoco.MjvCamera()
+        camera.type, camera.lookat[:] = mujoco.mjtCamera.mjCAMERA_FREE, (0.65, 0.0, 0.05)
+        camera.distance, camera.azimuth, camera.elevation = 1.0, 30.0, -40.0
+        return camera
+
     @property
     def dt(self) -> float:
         """Seconds of simulated time in a step."""

@@ -17,8 +17,8 @@ from typing import Any
 from omrl.core.errors import UserError
 
 OURS = ("omrl", "stages")
-# the reader of params.yaml hands over values, which DVC tracks itself; see its docstring
-_NOT_CODE_OF_A_RESULT = frozenset({"omrl.experiment"})
+# the reader of params.yaml hands over values, which DVC tracks itself (see its docstring); event files are no output
+_NOT_CODE_OF_A_RESULT = frozenset({"omrl.core.events", "omrl.experiment"})
 
 
 def _origin(module: str) -> Path | None:
@@ -116,12 +116,23 @@ def _module_hash(module: str) -> str:
     return hashlib.sha256(canonical_syntax(_tree(path)).encode()).hexdigest()
 
 
+def _template_hashes(module: str) -> dict[str, str]:
+    """Return ``module/templates/file`` -> SHA-256 of the files in a package's folder ``templates``: code of a page."""
+    path = _origin(module)
+    if path is None or not _is_package(module):
+        return {}
+    files = sorted(file for file in (path.parent / "templates").glob("*") if file.is_file())
+    return {f"{module}/templates/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
 def fingerprint(module: str) -> dict[str, Any]:
-    """Return ``{"fingerprint": sha256, "modules": {module: sha256}}`` of a unit of code.
+    """Return ``{"fingerprint": sha256, "modules": {module or template: sha256}}`` of a unit of code.
 
     Raises:
         UserError: a module does not parse or has no source.
     """
-    hashes = {name: _module_hash(name) for name in closure(module)}
+    hashes: dict[str, str] = {}
+    for name in closure(module):
+        hashes |= {name: _module_hash(name), **_template_hashes(name)}
     text = "".join(f"{name} {value}\n" for name, value in hashes.items())
     return {"fingerprint": hashlib.sha256(text.encode()).hexdigest(), "modules": hashes}

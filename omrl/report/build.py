@@ -17,6 +17,8 @@ from omrl.envs.base import Family
 from omrl.report import ReportConfig, figures, page, scene, tables
 from omrl.report.published import TABLES
 
+_WITH_NUMBERS = ("results", "profiles", "improvement", "embeddings", "context", "training", "behavior")
+
 
 def chain_of(folder: str | Path) -> dict[str, Any]:
     """Return the lineage of an output folder, read from the manifests: what it is, and the same of its inputs."""
@@ -88,6 +90,7 @@ def _lead(rows: list[tables.Row], references: dict[str, float], facts: dict[str,
         + (f"an oracle has {references['oracle']:.2f} and " if "oracle" in references else "")
         + f"random actions have {references['random']:.2f}."
     )
+    text += page.verdict(rows)
     compared = [row for row in rows if row.published is not None]
     if compared and TABLES[config.published or ""].quantity == "return":
         above = sum(row.summary.mean >= (row.published or 0) for row in compared)
@@ -110,13 +113,30 @@ def _pictures(
     method = "principal components" if config.embedding == "pca" else "t-SNE"
     best = max(rows, key=lambda row: row.summary.mean).cell
     path = next(e for e in evaluations if e.cell == best)
+    normalized = tables.cell_scores(evaluations, "normalized")
+    scores = tables.cell_scores(evaluations, "return")
     drawn: list[tuple[str, str, str, bytes | None]] = [
-        ("environment", "The environment", *environment),
+        ("environment", "The environment", environment[0], environment[1] and figures.scene(environment[1])),
         (
             "results",
             "Results with intervals",
-            "Dashed lines: controllers that need no learning. Bars that overlap are not told apart by these data.",
+            "Dashed lines: controllers that need no learning. Bars may overlap although two algorithms differ, because "
+            "both saw the same easy and hard tasks: the paired differences in the table decide.",
             figures.results(rows, references, family.returns),
+        ),
+        (
+            "profiles",
+            "Performance profiles",
+            "Share of runs (one seed on one unseen task) above a normalized return: 0 is random, 1 the oracle. A curve "
+            "above another everywhere belongs to the better algorithm; one that falls early misses tasks altogether.",
+            figures.profiles(normalized),
+        ),
+        (
+            "improvement",
+            "Probability of improvement",
+            "Chance, in percent, that a run of the row's algorithm does better than a run of the column's on the same "
+            "unseen task; ties count half. 50 is a coin toss.",
+            figures.improvements(scores),
         ),
         (
             "trajectories",
@@ -170,7 +190,11 @@ def _pictures(
             figures.dataset_returns(cards, family.returns),
         ),
     ]
-    return [page.Picture(*entry) for entry in drawn if entry[3] is not None]  # type: ignore[arg-type]
+    return [
+        page.Picture(name, title, caption, png, name if name in _WITH_NUMBERS else "")
+        for name, title, caption, png in drawn
+        if png is not None
+    ]
 
 
 def build_report(*, env: str, family: Family, config: ReportConfig, target: str | Path = "reports") -> None:
@@ -231,22 +255,19 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
         }
         for e in evaluations
     ]
+    published = TABLES[config.published] if config.published else None
+    main, more = page.results_tables(rows, references, behavior, f"{config.confidence:.0%}", published, facts)
     html = page.render(
         facts=facts,
         lead=_lead(rows, references, facts, config),
-        rows=rows,
-        drops=[tables.drop(row, rows) for row in rows],
-        behind=[tables.behind_text(row) for row in rows] if any(row.behind for row in rows) else [],
-        restated=any(row.restated is not None for row in rows),
-        references=references,
-        behavior=behavior,
-        confidence=f"{config.confidence:.0%}",
-        published=TABLES[config.published] if config.published else None,
+        main=main,
+        more=more,
+        published=published,
         pictures=pictures,
         remark=environment[0] if environment[1] is None else "",
-        cards=cards,
-        definitions={name: _definition(card) for name, card in cards.items()},
-        chain=links,
+        datasets=page.datasets_table(cards, {name: _definition(card) for name, card in cards.items()}, behavior),
+        commands=page.commands(rows[0].cell),
+        chain=page.chain_table(links),
     )
     write_text(target / "index.html", html)
 
@@ -286,6 +307,8 @@ def _plots(
             [figures.embedding_frame(m[0], config.embedding).assign(cell="/".join(c)) for c, m in members.items()]
         ),
     )
+    write("profiles", figures.profile_frame(tables.cell_scores(evaluations, "normalized")))
+    write("improvement", figures.improvement_frame(tables.cell_scores(evaluations, "return")))
     write(
         "results",
         pd.DataFrame(

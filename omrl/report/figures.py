@@ -1,4 +1,6 @@
-"""Pictures: learning curves, embeddings, trajectories, dataset returns, results with intervals.
+"""Pictures: results with intervals, profiles, learning curves, embeddings, trajectories, dataset returns.
+
+All are of one width, so that their letters have one size on the page.
 
 PNG bytes depend on the data alone: no dates, no version of the library.
 """
@@ -6,12 +8,13 @@ PNG bytes depend on the data alone: no dates, no version of the library.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib import image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -19,6 +22,7 @@ from matplotlib.patches import Circle
 from numpy.typing import NDArray
 
 from omrl.envs.base import Family
+from omrl.evaluation.statistics import chance_ahead, profile
 from omrl.report.tables import Evaluation, Row
 
 # Okabe and Ito: told apart with any colour vision
@@ -36,9 +40,12 @@ _STYLE: Any = {
 }
 
 
-def _draw(size: tuple[float, float], paint: Callable[[Figure], None]) -> bytes:
+WIDTH = 9.0  # inches
+
+
+def _draw(height: float, paint: Callable[[Figure], None]) -> bytes:
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         paint(figure)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -50,7 +57,7 @@ def _line(place: int) -> tuple[str, str]:
     return COLORS[place % len(COLORS)], ("-", "--", ":", "-.")[place // len(COLORS) % 4]
 
 
-def _label(cell: tuple[str, ...]) -> str:
+def _label(cell: Sequence[str]) -> str:
     algorithm, *datasets = cell
     return f"{algorithm}: {' → '.join(datasets)}"
 
@@ -67,7 +74,8 @@ def results(rows: list[Row], references: dict[str, float], returns: str) -> byte
             axes.plot(list(row.seed_means.values()), [place] * len(row.seed_means), ".", color=color, ms=5)
             axes.plot(row.summary.mean, place, "|", color=color, ms=16, mew=2.5)
             if row.published is not None:
-                axes.plot(row.published, place, "D", mfc="white", mec="#444444", ms=6)
+                axes.errorbar(row.published, place, xerr=row.spread, fmt="D", mfc="white", mec="#444444", ms=6,
+                              ecolor="#444444", elinewidth=1)  # fmt: skip
         for place, (name, value) in enumerate(references.items()):
             axes.axvline(value, color="#666666", lw=1, ls=(0, (4, 2 + 2 * place)), zorder=0)
             # one above the other: references may lie close together
@@ -77,10 +85,128 @@ def results(rows: list[Row], references: dict[str, float], returns: str) -> byte
             )  # fmt: skip
         axes.set_yticks(range(len(order)), [_label(row.cell) for row in order])
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.set_xlabel(f"{returns} return (bar: bootstrap interval, tick: mean, dots: seeds, diamond: published)")
+        axes.set_xlabel(
+            f"{returns} return (bar: bootstrap interval, tick: mean, dots: seeds, diamond: published, with its spread)"
+        )
         axes.grid(axis="y", visible=False)
 
-    return _draw((7.5, 1.7 + 0.36 * len(rows)), paint)
+    return _draw(1.7 + 0.36 * len(rows), paint)
+
+
+Scores = NDArray[np.float64]  # [seeds, tasks]
+
+
+def _matched_first(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the pairs of training and test dataset, each once, those of one dataset before the others."""
+    return sorted(dict.fromkeys(pairs), key=lambda pair: len(set(pair)))
+
+
+def _legend(figure: Figure, labels: Sequence[str]) -> None:
+    """Explain the lines below the panels, four in a row."""
+    handles = [Line2D([], [], color=_line(i)[0], ls=_line(i)[1], label=label) for i, label in enumerate(labels)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(labels)))
+
+
+def _legend_height(labels: Sequence[str]) -> float:
+    return 0.2 + 0.19 * -(-len(labels) // 4)
+
+
+def profile_frame(normalized: Mapping[tuple[str, str, str], Scores]) -> pd.DataFrame:
+    """Return cell, normalized return and the share of runs above it; no rows where nothing normalizes a return."""
+    known = {cell: scores for cell, scores in normalized.items() if np.isfinite(scores).all()}
+    top = max((float(scores.max()) for scores in known.values()), default=1.0)
+    levels = np.linspace(0.0, max(1.0, top), 101)
+    parts = [
+        pd.DataFrame({"cell": "/".join(cell), "normalized": levels, "share": profile(scores, levels)})
+        for cell, scores in known.items()
+    ]
+    return pd.concat(parts) if parts else pd.DataFrame(columns=["cell", "normalized", "share"])
+
+
+def profiles(normalized: Mapping[tuple[str, str, str], Scores]) -> bytes | None:
+    """Draw the performance profile of every cell (Agarwal et al., 2021); None where nothing normalizes a return."""
+    known = {cell: scores for cell, scores in normalized.items() if np.isfinite(scores).all()}
+    if not known:
+        return None
+    pairs = _matched_first([(cell[1], cell[2]) for cell in known])[:8]
+    names = list(dict.fromkeys(cell[0] for cell in known))
+    columns = min(4, len(pairs))
+
+    def paint(figure: Figure) -> None:
+        panels = np.atleast_1d(figure.subplots(-(-len(pairs) // columns), columns, sharex=True, sharey=True)).reshape(
+            -1
+        )
+        for axes, pair in zip(panels, pairs, strict=False):
+            for place, name in enumerate(names):
+                if (name, *pair) in known:
+                    frame = profile_frame({(name, *pair): known[name, *pair]})
+                    color, style = _line(place)
+                    axes.step(frame["normalized"], frame["share"], style, where="post", color=color)
+            axes.set_title(" → ".join(pair), fontsize=9)
+            axes.set_ylim(-0.02, 1.02)
+        for axes in panels[len(pairs) :]:
+            axes.set_visible(False)
+        for axes in panels[max(0, len(pairs) - columns) : len(pairs)]:
+            axes.set_xlabel("normalized return")
+        for axes in panels[::columns]:
+            axes.set_ylabel("share of runs")
+        _legend(figure, names)
+
+    height = 3.4 if len(pairs) == 1 else 2.3 * -(-len(pairs) // columns)
+    return _draw(height + _legend_height(names), paint)
+
+
+def improvement_frame(scores: Mapping[tuple[str, str, str], Scores]) -> pd.DataFrame:
+    """Return P(row > column) for every two algorithms with the same datasets: train, test, row, column, probability."""
+    rows = [
+        (*cell[1:], cell[0], other[0], chance_ahead(mine, theirs))
+        for cell, mine in scores.items()
+        for other, theirs in scores.items()
+        if other[1:] == cell[1:] and other != cell
+    ]
+    return pd.DataFrame(rows, columns=["train", "test", "row", "column", "probability"])
+
+
+def improvements(scores: Mapping[tuple[str, str, str], Scores]) -> bytes | None:
+    """Draw P(row > column) as a table per pair of datasets, four at most; None without rivals."""
+    frame = improvement_frame(scores)
+    if frame.empty:
+        return None
+    parts = {(str(a), str(b)): part for (a, b), part in frame.groupby(["train", "test"], sort=False)}
+    groups = [(pair, parts[pair]) for pair in _matched_first(parts)[:4]]
+    largest = max(part["row"].nunique() for _, part in groups)
+    columns = 1 if largest > 5 else min(2, len(groups))
+    lines = -(-len(groups) // columns)
+
+    def paint(figure: Figure) -> None:
+        panels = np.atleast_1d(figure.subplots(lines, columns)).reshape(-1)
+        for axes, (pair, part) in zip(panels, groups, strict=False):
+            names = list(part["row"].unique())
+            chance = part.pivot(index="row", columns="column", values="probability").loc[names, names].to_numpy()
+            axes.imshow(chance, cmap="PuOr_r", vmin=0, vmax=1, aspect="auto", alpha=0.75)
+            for (y, x), value in np.ndenumerate(chance):
+                if x != y:
+                    color = "white" if abs(value - 0.5) > 0.35 else "black"
+                    axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8.5, color=color)
+            axes.set_xticks(range(len(names)), names, rotation=30 if largest > 5 else 0)
+            axes.set_yticks(range(len(names)), names)
+            axes.set_title(" → ".join(pair), fontsize=9)
+            axes.grid(visible=False)
+        for axes in panels[len(groups) :]:
+            axes.set_visible(False)
+
+    return _draw(lines * (0.32 * largest + 1.1), paint)
+
+
+def scene(png: bytes) -> bytes:
+    """Put a rendered picture on a canvas of the others' width."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.imshow(image.imread(io.BytesIO(png)))
+        axes.set_axis_off()
+
+    return _draw(4.4, paint)
 
 
 def training_curves(evaluations: list[Evaluation]) -> bytes:
@@ -88,24 +214,10 @@ def training_curves(evaluations: list[Evaluation]) -> bytes:
     models: dict[tuple[str, str, int], pd.DataFrame] = {}
     for e in evaluations:
         models.setdefault((e.algorithm, e.train, e.seed), e.curve)
-    preferred = [
-        "metric_loss",
-        "contrastive_loss",
-        "reconstruction_loss",
-        "cloning_loss",
-        "triplet_loss",
-        "vae_loss",
-        "kl",
-        "q_loss",
-        "v_loss",
-        "policy_loss",
-        "q_mean",
-        "entropy",
-        "z_rms",
-        "divergence",
-    ]
-    names = [n for n in preferred if any(n in curve for curve in models.values())]
+    # every scalar that any method reports, in the order of first appearance
+    names = list(dict.fromkeys(n for curve in models.values() for n in curve if n not in ("step", "phase")))
     kinds = list(dict.fromkeys((a, d) for a, d, _ in models))
+    labels = [_label(kind) for kind in kinds]
 
     def paint(figure: Figure) -> None:
         columns = min(4, len(names))
@@ -123,10 +235,9 @@ def training_curves(evaluations: list[Evaluation]) -> bytes:
             axes.set_visible(False)
         for axes in panels[max(0, len(names) - columns) : len(names)]:
             axes.set_xlabel("gradient steps")
-        handles = [Line2D([], [], color=_line(i)[0], ls=_line(i)[1], label=_label(k)) for i, k in enumerate(kinds)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(kinds)))
+        _legend(figure, labels)
 
-    return _draw((9.5, 2.1 * -(-len(names) // 4) + 0.5), paint)
+    return _draw(2.1 * -(-len(names) // 4) + _legend_height(labels), paint)
 
 
 def behavior_curves(progress: dict[int, pd.DataFrame], references: dict[str, float], returns: str) -> bytes:
@@ -144,7 +255,7 @@ def behavior_curves(progress: dict[int, pd.DataFrame], references: dict[str, flo
         axes.set_ylabel(f"{returns} return")
         axes.legend(loc="best")
 
-    return _draw((5.2, 3.2), paint)
+    return _draw(3.6, paint)
 
 
 def project(points: NDArray[np.float64], method: str) -> NDArray[np.float64]:
@@ -199,7 +310,7 @@ def embeddings(evaluations: list[Evaluation], method: str, color_of: dict[int, f
         mapper = mpl.cm.ScalarMappable(norm, "viridis")
         figure.colorbar(mapper, ax=list(panels), label=meaning, shrink=0.7, aspect=30)
 
-    return _draw((3.1 * columns + 0.8, 2.8 * -(-len(chosen) // columns) + 0.2), paint)
+    return _draw(2.8 * -(-len(chosen) // columns) + 0.2, paint)
 
 
 def trajectories(evaluation: Evaluation, family: Family, tasks: dict[int, dict[str, Any]]) -> bytes | None:
@@ -224,7 +335,7 @@ def trajectories(evaluation: Evaluation, family: Family, tasks: dict[int, dict[s
         axes.set_title(f"{_label(evaluation.cell)}, seed {evaluation.seed}", fontsize=9)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
-    return _draw((6.2, 3.9), paint)
+    return _draw(4.4, paint)
 
 
 def dataset_returns(cards: dict[str, dict[str, Any]], returns: str) -> bytes | None:
@@ -241,7 +352,7 @@ def dataset_returns(cards: dict[str, dict[str, Any]], returns: str) -> bytes | N
             axes.set_xlabel(f"{returns} return")
         panels[0].set_ylabel("episodes")
 
-    return _draw((2.5 * len(shown) + 0.6, 2.5), paint)
+    return _draw(2.5, paint)
 
 
 def _first_of_cells(evaluations: list[Evaluation]) -> dict[tuple[str, str, str], Evaluation]:
@@ -274,7 +385,7 @@ def attention(evaluations: list[Evaluation]) -> bytes | None:
         for axes in panels[len(shown) :]:
             axes.set_visible(False)
 
-    return _draw((2.6 * columns + 0.6, 2.6 * -(-len(shown) // columns)), paint)
+    return _draw(2.6 * -(-len(shown) // columns), paint)
 
 
 def sparsity(evaluations: list[Evaluation]) -> bytes | None:
@@ -299,24 +410,25 @@ def sparsity(evaluations: list[Evaluation]) -> bytes | None:
         axes.set_ylabel("embedding variance")
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
-    return _draw((7.2, 3.4), paint)
+    return _draw(3.6, paint)
 
 
 def context_curves(evaluations: list[Evaluation], returns: str) -> bytes:
     """Draw the return on test tasks against the size of the context."""
+    cells = list(dict.fromkeys(e.cell for e in evaluations))
+    labels = [_label(cell) for cell in cells]
 
     def paint(figure: Figure) -> None:
         axes: Axes = figure.subplots()
-        cells = list(dict.fromkeys(e.cell for e in evaluations))
         for place, cell in enumerate(cells):
             frame = context_frame([e for e in evaluations if e.cell == cell])
             color, style = _line(place)
-            axes.plot(frame["context_transitions"], frame["return"], style, color=color, label=_label(cell))
+            axes.plot(frame["context_transitions"], frame["return"], style, color=color)
         axes.set_xlabel("transitions of context")
         axes.set_ylabel(f"{returns} return, test tasks")
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        _legend(figure, labels)
 
-    return _draw((7.2, 3.2), paint)
+    return _draw(3.2 + _legend_height(labels), paint)
 
 
 def context_frame(evaluations: list[Evaluation]) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from omrl.core.files import read_json
 from omrl.data.parquet import read_table, verified
 from omrl.envs.base import Family
 from omrl.evaluation.evaluate import CURVE, DIAGNOSTICS, EMBEDDINGS, EPISODES, TRAJECTORIES
-from omrl.evaluation.statistics import Difference, Summary, compare, summarize
+from omrl.evaluation.statistics import Difference, Estimate, Summary, compare, improvement, summarize
 from omrl.report import ReportConfig
 from omrl.report.published import TABLES
 
@@ -120,6 +120,8 @@ class Row:
     restated: float | None = None  # the return under the other form of the sparse reward
     behind: Difference | None = None  # to the best algorithm of the same datasets; None: the best, or alone
     rivals: int = 0  # further algorithms with the same datasets
+    wins: Estimate | None = None  # chance that a run beats one of the best algorithm on the same task
+    spread: float | None = None  # published standard deviation
 
 
 def _scores(evaluations: list[Evaluation], split: str, column: str) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -132,12 +134,21 @@ def _scores(evaluations: list[Evaluation], split: str, column: str) -> np.ndarra
     return np.stack(rows)
 
 
+def cell_scores(evaluations: list[Evaluation], column: str) -> dict[Cell, np.ndarray[Any, np.dtype[np.float64]]]:
+    """Return cell -> ``column`` of its counted test episodes, [seeds, tasks]."""
+    cells: dict[Cell, list[Evaluation]] = {}
+    for evaluation in evaluations:
+        cells.setdefault(evaluation.cell, []).append(evaluation)
+    return {cell: _scores(members, "test", column) for cell, members in cells.items()}
+
+
 def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]:
     """Return the table: one row per algorithm, training and test dataset, in the order of params.yaml."""
     cells: dict[Cell, list[Evaluation]] = {}
     for evaluation in evaluations:
         cells.setdefault(evaluation.cell, []).append(evaluation)
     published = TABLES[config.published].values if config.published else {}
+    spread = TABLES[config.published].spread if config.published else {}
     score_of = {cell: _scores(members, "test", "return") for cell, members in cells.items()}
     rows = []
     for cell, members in cells.items():
@@ -153,10 +164,12 @@ def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]
         restated = float(_scores(members, "test", "restated_return").mean())
         rivals = [other for other in cells if other[1:] == cell[1:]]
         best = max(rivals, key=lambda other: score_of[other].mean())
-        behind = None
+        behind = wins = None
         if best != cell:
             rng_pair = seeding.generator(0, "compare", *cell)
             behind = compare(scores, score_of[best], config.bootstrap_samples, config.confidence, rng_pair)
+            rng_pair = seeding.generator(0, "improvement", *cell)
+            wins = improvement(scores, score_of[best], config.bootstrap_samples, config.confidence, rng_pair)
         rows.append(
             Row(
                 cell,
@@ -169,6 +182,8 @@ def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]
                 None if math.isnan(restated) else restated,
                 behind,
                 len(rivals) - 1,
+                wins,
+                spread.get(cell),
             )
         )
     return rows
@@ -246,6 +261,7 @@ def metrics(rows: list[Row], references: dict[str, float]) -> dict[str, Any]:
             "train_tasks_mean": row.train_tasks,
             **({} if row.restated is None else {"restated": row.restated}),
             **({} if row.behind is None else {"behind_best": vars(row.behind)}),
+            **({} if row.wins is None else {"beats_best": vars(row.wins)}),
             **row.diagnostics,
         }
     return nested | {"reference": references}
@@ -304,7 +320,8 @@ def markdown(
                 ours = row.diagnostics.get(compared, math.nan)
                 fields += ["" if known is None else f"{known:.3f}", f"{ours:.3f}"]
             else:
-                fields += ["", ""] if known is None else [f"{known:.2f}", f"{ours - known:+.2f}"]
+                around = "" if row.spread is None else f" ± {row.spread:.2f}"
+                fields += ["", ""] if known is None else [f"{known:.2f}{around}", f"{ours - known:+.2f}"]
         lines.append(f"| {' | '.join(fields)} |")
     tail = " |" * (len(titles) - 4)
     for name, value in references.items():
