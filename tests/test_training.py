@@ -66,9 +66,7 @@ def marked(tasks: int = 3, rows: int = 50) -> TaskData:
 class Drawn:
     """A sampler with its phase."""
 
-    def __init__(
-        self, meta_batch: int, context: int, rows: int, seed: int = 0, tasks: int = 3, of: int = 50
-    ) -> None:
+    def __init__(self, meta_batch: int, context: int, rows: int, seed: int = 0, tasks: int = 3, of: int = 50) -> None:
         draws = {"transitions": Draw(rows), "context": Draw(context), "more0": Draw(rows), "more1": Draw(rows)}
         self.phase, self.sampler = (
             Phase("training", 1, meta_batch, draws),
