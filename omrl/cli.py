@@ -76,8 +76,11 @@ def list_() -> None:
     for title, package in (("environments", "omrl.envs"), ("algorithms", "omrl.algorithms")):
         print(f"{title}:")
         for name in registry.names(package):
-            summary = (registry.load(package, name).__doc__ or "").strip().splitlines()[0]
-            print(f"  {name:<22}{summary}")
+            try:
+                text = registry.load(package, name).__doc__ or ""
+            except UserError as error:  # a plug-in's trouble is no reason to show nothing
+                text = str(error)
+            print(f"  {name:<22}{(text.strip() or '-').splitlines()[0]}")
     from omrl.evaluation.protocols.base import protocols
 
     print("evaluation protocols:")

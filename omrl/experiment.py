@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # a section's classes are imported when it is asked for
     from omrl.report import ReportConfig
 
 FILE = "params.yaml"
+INSTALLED = "installed"  # as repository: the code is the installed package, wherever that is
 MOST_CELLS = 20_000  # DVC reads and writes all of them at every stage
 _MOST_STEPS = 10**8  # of one task's rollouts
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
@@ -166,14 +167,18 @@ class Experiment:
 
     @property
     def repository(self) -> str:
-        """Where the repository's root lies, seen from the file's folder."""
+        """Where omrl/ and stages/ lie, seen from the file's folder; or ``installed``."""
         return self._given("repository")
 
     @cached_property
     def env(self) -> str:
         """Name of the environment family, one that exists."""
         name, known = self._given("env"), registry.names("omrl.envs")
-        if name not in known:
+        if "." in name:  # somebody else's
+            from omrl.envs.base import family_class
+
+            family_class(name, f"{self.path}: env: ")
+        elif name not in known:
             options = suggest(name, known)
             raise UserError(f"{self.path}: env = {shown(name)}: unknown environment; {options}")
         return name
@@ -184,7 +189,7 @@ class Experiment:
         from omrl.envs.base import config_class
 
         given = self._given("env_config")
-        parse(config_class(self.env), given, f"{self.path}: env_config")
+        parse(config_class(self.env, f"{self.path}: env: "), given, f"{self.path}: env_config")
         return given
 
     @cached_property
@@ -257,9 +262,7 @@ class Experiment:
         where = f"{self.path}: algorithms.{name}"
         if not isinstance(file, str | None):
             raise UserError(f"{where}.algorithm = {shown(file)}: expected the name of an algorithm")
-        if "." in (file or ""):
-            registry.load("omrl.algorithms", str(file), "algorithm", ("CONFIG", "ALGORITHM"), f"{where}.algorithm: ")
-        elif (file or name) not in known:
+        if "." not in (file or "") and (file or name) not in known:
             key = f"{where}.algorithm = {shown(file)}" if file else where
             plain = shown(file or name, 64, quote=False)
             raise UserError(f"{key}: unknown algorithm '{plain}': {suggest(file or name, known)}")
@@ -308,6 +311,7 @@ def load(*sections: Section, path: str | Path = FILE) -> Experiment:
         UserError: one line naming the key, the value and what was expected.
     """
     experiment = Experiment(path, frozenset(sections), read(path))
+    registry.search(Path(path).parent)
     for section in sections:
         getattr(experiment, section)
     return experiment
@@ -483,13 +487,14 @@ def _check_seeds(x: Experiment) -> None:
 
 
 def _check_algorithms(x: Experiment) -> None:
+    from omrl.algorithms.base import algorithm_module
     from omrl.learning.train import spec_of
 
     if not x.algorithms:
         known = ", ".join(registry.names("omrl.algorithms"))
         raise UserError(f"{x.path}: algorithms: expected at least one of {known}")
     for name, entry in x.algorithms.items():
-        module = registry.load("omrl.algorithms", entry.file, "algorithm")
+        module = algorithm_module(entry.file, f"{x.path}: algorithms.{name}.algorithm: ")
         config = parse(module.CONFIG, entry.overrides, f"{x.path}: algorithms.{name}")
         if wrong := module.ALGORITHM.check(config, spec_of(x.family, x.tasks.train), x.meta_train.steps):
             raise UserError(f"{x.path}: algorithms.{name}.{wrong}")
@@ -498,6 +503,47 @@ def _check_algorithms(x: Experiment) -> None:
             raise UserError(
                 f"{x.path}: evaluate.protocol = '{x.evaluate.protocol}': algorithm '{name}' cannot serve it; it serves "
                 f"{served}"
+            )
+
+
+def _check_plugins(x: Experiment) -> None:
+    """Raise where a change of a plug-in would go unnoticed, because stage 'code' does not look at its files."""
+    from omrl.provenance.fingerprint import sources
+
+    graph = Path(x.path).parent / "dvc.yaml"
+    named = [("env", "omrl.envs", x.env)]
+    named += [(f"algorithms.{name}.algorithm", "omrl.algorithms", entry.file) for name, entry in x.algorithms.items()]
+    outside = [(key, registry.module_name(package, name)) for key, package, name in named
+               if registry.is_outside(package, name)]  # fmt: skip
+    if not outside or not graph.is_file():
+        return
+    try:
+        stage = read_yaml(graph)["stages"]["code"]
+        watched = [] if stage.get("always_changed") else [str(dep) for dep in stage.get("deps", [])]
+    except (KeyError, TypeError, AttributeError):
+        return  # DVC says what is wrong with it
+    if stage.get("always_changed"):
+        return
+    folders = [(graph.parent / dep.replace("${repository}", x.repository)).resolve() for dep in watched]
+    for key, module in outside:
+        for file in sources(module):
+            if not any(file == folder or folder in file.parents for folder in folders):
+                raise UserError(
+                    f"{graph}: stages.code.deps does not have {file.name} of {x.path}: {key} = {module}, so that DVC "
+                    "would not see it change; add the file or its folder, or write 'always_changed: true' instead"
+                )
+
+
+def _check_devices(x: Experiment) -> None:
+    """Raise where a GPU is asked for and there is none; torch is imported only to find out."""
+    asked = [("behavior", x.behavior), ("meta_train", x.meta_train), ("evaluate", x.evaluate)]
+    for section in [name for name, config in asked if config.device == "cuda"]:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"{x.path}: {section}.device = 'cuda': PyTorch finds no GPU here; expected cpu"
+                f"{'' if section == 'behavior' else ', or auto'}"
             )
 
 
@@ -512,7 +558,7 @@ def _check_cells(x: Experiment) -> None:
 _CHECKS: tuple[Callable[[Experiment], None], ...] = (
     _check_tasks, _check_shards, _check_rollouts, _check_levels, _check_horizon, _check_relabel, _check_pairs,
     _check_datasets,
-    _check_evaluate, _check_seeds, _check_algorithms, _check_cells,
+    _check_evaluate, _check_seeds, _check_algorithms, _check_cells, _check_devices, _check_plugins,
 )  # fmt: skip
 
 

@@ -8,31 +8,39 @@ from omrl.behavior.base import ENGINES
 from omrl.core import layout, registry
 from omrl.core.errors import UserError
 from omrl.core.files import atomic_dir, write_json
-from omrl.experiment import load
-from omrl.provenance.fingerprint import fingerprint
+from omrl.experiment import INSTALLED, load
+from omrl.provenance.fingerprint import OURS, fingerprint, origin
 from stages import run
 
 
 def main() -> None:
-    """Write data/code/{stages,engines,envs,algorithms}/<name>.json."""
-    params = load("repository", "algorithms")
-    root = (Path(params.repository) / "stages").resolve().parent  # a pipeline links to it from source/
-    if Path(__file__).resolve().parents[1] != root:
+    """Write data/code/{stages,engines,envs,algorithms}/<name>.json, and data/code/origins.json about plug-ins."""
+    params = load("repository", "env", "algorithms")
+    check_repository(params.repository)
+    units = {("stages", n.replace("-", "_")): f"stages.{n.replace('-', '_')}" for n in registry.own_names("stages")}
+    units |= {("engines", name): f"omrl.behavior.{name}" for name in ENGINES}
+    for name in {*registry.own_names("omrl.envs"), params.env}:
+        units["envs", name] = registry.module_name("omrl.envs", name)
+    for name, entry in params.algorithms.items():
+        units["algorithms", name] = registry.module_name("omrl.algorithms", entry.file)
+    origins = {}
+    with atomic_dir(layout.CODE) as folder:
+        for (kind, name), module in sorted(units.items()):
+            found = fingerprint(module)
+            write_json(folder / kind / f"{name}.json", found)
+            if module.partition(".")[0] not in OURS:
+                origins[f"{kind}/{name}"] = found | origin(module)
+        write_json(folder / layout.ORIGINS, origins)
+
+
+def check_repository(value: str) -> None:
+    """Refuse to take fingerprints of other code than the one that DVC looks at and that runs."""
+    root = (Path(value) / "stages").resolve().parent
+    if value != INSTALLED and Path(__file__).resolve().parents[1] != root:
         raise UserError(
-            f"params.yaml: repository = {params.repository!r}: the installed package is not the one in that "
+            f"params.yaml: repository = {value!r}: the installed package is not the one in that "
             "folder; run 'pip install -e .' in the repository, or correct the path"
         )
-    with atomic_dir(layout.CODE) as folder:
-        for name in registry.names("stages"):
-            module = name.replace("-", "_")
-            write_json(folder / "stages" / f"{module}.json", fingerprint(f"stages.{module}"))
-        for name in registry.names("omrl.envs"):
-            write_json(folder / "envs" / f"{name}.json", fingerprint(f"omrl.envs.{name.replace('-', '_')}"))
-        for name in ENGINES:
-            write_json(folder / "engines" / f"{name}.json", fingerprint(f"omrl.behavior.{name}"))
-        for name, entry in params.algorithms.items():
-            module = registry.module_name("omrl.algorithms", entry.file)
-            write_json(folder / "algorithms" / f"{name}.json", fingerprint(module))
 
 
 if __name__ == "__main__":

@@ -195,12 +195,11 @@ def package(tmp_path, monkeypatch):
     (folder / "high.py").write_text("def f():\n    from omrl_probe.low import X\n    return X\n")
     monkeypatch.delitem(sys.modules, "omrl_probe", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(fingerprint, "OURS", ("omrl_probe",))
 
     def take(name):
         importlib.invalidate_caches()
-        fingerprint._tree.cache_clear()
-        fingerprint._module_hash.cache_clear()
+        for cached in (fingerprint._tree, fingerprint._content, fingerprint._module_hash):
+            cached.cache_clear()
         return fingerprint.fingerprint(f"omrl_probe.{name}")["fingerprint"]
 
     return folder, take

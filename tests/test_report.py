@@ -320,7 +320,7 @@ def test_tables_of_the_page_are_whole_and_can_be_sorted(folder):
 
 
 def test_the_page_is_part_of_the_report_stage_fingerprint():
-    found = fingerprint.fingerprint("omrl.report.build")["modules"]
+    found = fingerprint.modules("omrl.report.build")
     assert {f"omrl.report/templates/page.{kind}" for kind in ("html", "css", "js")} <= set(found)
 
 

@@ -17,6 +17,7 @@ import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -103,7 +104,15 @@ class Phase:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """Return the device: the first GPU if there is one and ``auto`` is asked for."""
+    """Return the device: the first GPU if there is one and ``auto`` is asked for.
+
+    Raises:
+        UserError: another name, or ``cuda`` where PyTorch finds no GPU.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device = {device!r}: expected auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device = 'cuda': PyTorch finds no GPU here; expected cpu, or auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
@@ -299,6 +308,27 @@ class ContextAlgorithm(Algorithm):
         return z
 
 
+def algorithm_module(name: str, where: str = "") -> ModuleType:
+    """Return the module of a method: one of ours, of an installed plug-in, or ``package.module``.
+
+    Args:
+        name: of it.
+        where: prefix of messages.
+
+    Raises:
+        UserError: there is none, its import fails, or it lacks something.
+    """
+    module = registry.load(PACKAGE, name, "algorithm", NEEDS, where)
+    cls = module.ALGORITHM
+    if not (isinstance(cls, type) and issubclass(cls, Algorithm)):
+        raise UserError(
+            f"{where}algorithm '{name}': {module.__file__}: ALGORITHM: expected a class of omrl's Algorithm"
+        )
+    if missing := sorted(cls.__abstractmethods__):
+        raise UserError(f"{where}algorithm '{name}': {module.__file__}: {cls.__name__} lacks {', '.join(missing)}")
+    return module
+
+
 def create(
     name: str, overrides: dict[str, Any], spec: Spec, seed: int, device: str = "auto", where: str = ""
 ) -> Algorithm:
@@ -315,7 +345,7 @@ def create(
     Raises:
         UserError: unknown algorithm or configuration.
     """
-    module = registry.load(PACKAGE, name, "algorithm", NEEDS)
+    module = algorithm_module(name)
     algorithm: Algorithm = module.ALGORITHM(
         parse(module.CONFIG, overrides, where or f"configuration of '{name}':"), spec, seed, device
     )

@@ -13,6 +13,7 @@ CELLS = DATA / "plan/cells.json"  # what params.yaml asks for
 SHARDS = DATA / "plan/shards.json"  # the shards alone
 TASKS = DATA / "tasks/all.json"  # every task, with the split
 CODE = DATA / "code"
+ORIGINS = "origins.json"  # in it: package, version and file of plug-ins
 
 
 def code(kind: Literal["stages", "engines", "envs", "algorithms"], name: str) -> Path:

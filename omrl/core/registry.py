@@ -1,11 +1,13 @@
-"""Names to modules, by file name: a family or algorithm exists because its file does."""
+"""Names to modules: by file name for ours, by entry point or dotted name for somebody else's."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import pkgutil
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +16,7 @@ from omrl.core.errors import UserError, suggest
 _SHARED = ("base", "simulate")
 
 
-def names(package: str) -> list[str]:
+def own_names(package: str) -> list[str]:
     """Return the public names in ``package`` (``"omrl.envs"``), sorted; ``_`` in a file name reads ``-``.
 
     Modules that start with an underscore, and ``_SHARED``, hold shared code and have no name.
@@ -26,12 +28,27 @@ def names(package: str) -> list[str]:
     return sorted(name.replace("_", "-") for name in found if not name.startswith("_") and name not in _SHARED)
 
 
+@cache
+def plugins(package: str) -> dict[str, str]:
+    """Return name -> module of the entry points of group ``package`` (``omrl.algorithms``, ``omrl.envs``).
+
+    Installed packages have them in their metadata. A name of ours stays ours.
+    """
+    return {entry.name: entry.module for entry in importlib.metadata.entry_points(group=package)}
+
+
+def names(package: str) -> list[str]:
+    """Return all names that ``load`` knows in ``package``, sorted: ours, and those of installed plug-ins."""
+    return sorted({*own_names(package), *plugins(package)})
+
+
 def load(package: str, name: str, what: str = "name", needs: tuple[str, ...] = (), where: str = "") -> ModuleType:
-    """Import the module called ``name`` in ``package``, or somebody else's module ``package.module``.
+    """Import the module called ``name`` in ``package``, or somebody else's.
 
     Args:
         package: ours.
-        name: a file name there; with a dot in it, the dotted name of a module anywhere on the path.
+        name: a file name there, or the name of an entry point; with a dot in it, the dotted name of a module
+            anywhere on the path.
         what: it is, for messages.
         needs: attributes that a module from outside must have.
         where: prefix of messages about such a module.
@@ -40,26 +57,40 @@ def load(package: str, name: str, what: str = "name", needs: tuple[str, ...] = (
         UserError: there is none (the message lists those that exist and suggests the nearest), its import fails, or
             it lacks an attribute.
     """
-    if "." in name:
-        return _outside(name, what, needs, where)
-    known = names(package)
-    if name not in known:
-        raise UserError(f"unknown {what} '{name}': {suggest(name, known)}")
-    return importlib.import_module(f"{package}.{name.replace('-', '_')}")
+    if "." not in name and name not in names(package):
+        raise UserError(f"{where}unknown {what} '{name}': {suggest(name, names(package))}")
+    dotted = module_name(package, name)
+    if is_outside(package, name):
+        return _outside(name, dotted, what, needs, where)
+    return importlib.import_module(dotted)
 
 
 def module_name(package: str, name: str) -> str:
     """Return the dotted name of the module that ``load`` imports."""
-    return name if "." in name else f"{package}.{name.replace('-', '_')}"
+    if "." in name:
+        return name
+    ours = f"{package}.{name.replace('-', '_')}"
+    return ours if name in own_names(package) else plugins(package).get(name, ours)
 
 
-def _outside(name: str, what: str, needs: tuple[str, ...], where: str) -> ModuleType:
-    if not all(part.isidentifier() for part in name.split(".")):
+def is_outside(package: str, name: str) -> bool:
+    """Is the module of that name somebody else's?"""
+    return not module_name(package, name).startswith(f"{package}.")
+
+
+def search(folder: Path) -> None:
+    """Look for modules in an experiment's own folder, where its params.yaml is, too."""
+    path = str(folder.resolve())
+    if path not in sys.path:
+        sys.path.insert(0, path)
+
+
+def _outside(name: str, dotted: str, what: str, needs: tuple[str, ...], where: str) -> ModuleType:
+    if not all(part.isidentifier() for part in dotted.split(".")):
         raise UserError(f"{where}{what} '{name}': expected a name of ours, or a module such as my_package.my_method")
-    if str(Path.cwd()) not in sys.path:  # an experiment's own folder, where params.yaml is
-        sys.path.insert(0, str(Path.cwd()))
+    search(Path.cwd())
     try:
-        module = importlib.import_module(name)
+        module = importlib.import_module(dotted)
     except Exception as error:  # whatever it runs on import may raise anything
         raise UserError(f"{where}{what} '{name}': its import fails: {type(error).__name__}: {error}") from None
     for attribute in needs:

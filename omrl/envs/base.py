@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, ClassVar, Literal, Self
 
 import gymnasium
@@ -17,6 +18,7 @@ from omrl.core import registry, seeding
 from omrl.core.config import Config, parse
 from omrl.core.errors import UserError
 
+PACKAGE, NEEDS = "omrl.envs", ("FAMILY", "ENV")
 Array = NDArray[np.float32]
 Task = dict[str, Any]  # JSON numbers and lists
 
@@ -288,9 +290,35 @@ class SingleEnv(gymnasium.Env[Any, Any]):
         return self._batch.render() if self.render_mode == "rgb_array" else None
 
 
-def config_class(name: str) -> type[Config]:
+def family_class(name: str, where: str = "") -> type[Family]:
+    """Return the class of a family: one of ours, of an installed plug-in, or of a module ``package.module``.
+
+    Args:
+        name: of it.
+        where: prefix of messages.
+
+    Raises:
+        UserError: there is none, or its module lacks something.
+    """
+    module = registry.load(PACKAGE, name, "environment", NEEDS, where)
+    if registry.is_outside(PACKAGE, name):
+        cls = module.FAMILY
+        if not (isinstance(cls, type) and issubclass(cls, Family)):
+            raise UserError(
+                f"{where}environment '{name}': {module.__file__}: FAMILY: expected a class of omrl's Family"
+            )
+        if missing := sorted(cls.__abstractmethods__):
+            raise UserError(
+                f"{where}environment '{name}': {module.__file__}: {cls.__name__} lacks {', '.join(missing)}"
+            )
+        _register(module)
+    family: type[Family] = module.FAMILY
+    return family
+
+
+def config_class(name: str, where: str = "") -> type[Config]:
     """Return the configuration class of a family."""
-    return registry.load("omrl.envs", name, "environment").FAMILY.CONFIG
+    return family_class(name, where).CONFIG
 
 
 def load_family(name: str, config: dict[str, Any] | None = None) -> Family:
@@ -299,17 +327,20 @@ def load_family(name: str, config: dict[str, Any] | None = None) -> Family:
     Raises:
         UserError: no such family, or a configuration it refuses.
     """
-    cls = registry.load("omrl.envs", name, "environment").FAMILY
+    cls = family_class(name)
     return cls(parse(cls.CONFIG, config, f"configuration of '{name}':"))
 
 
+def _register(module: ModuleType) -> None:
+    entry_point = f"{module.__name__}:ENV"
+    taken = gymnasium.registry.get(module.FAMILY.env_id)
+    if taken is None:
+        register(id=module.FAMILY.env_id, entry_point=entry_point, max_episode_steps=module.FAMILY.horizon)
+    elif taken.entry_point != entry_point:
+        raise UserError(f"{entry_point}: env_id '{module.FAMILY.env_id}' is taken by {taken.entry_point}")
+
+
 def register_all() -> None:
-    """Register every family's id with Gymnasium."""
-    for name in registry.names("omrl.envs"):
-        module = registry.load("omrl.envs", name)
-        entry_point = f"{module.__name__}:ENV"
-        taken = gymnasium.registry.get(module.FAMILY.env_id)
-        if taken is None:
-            register(id=module.FAMILY.env_id, entry_point=entry_point, max_episode_steps=module.FAMILY.horizon)
-        elif taken.entry_point != entry_point:
-            raise ValueError(f"{entry_point}: env_id '{module.FAMILY.env_id}' is taken by {taken.entry_point}")
+    """Register the id of every family of ours with Gymnasium; a plug-in's when it is loaded."""
+    for name in registry.own_names(PACKAGE):
+        _register(registry.load(PACKAGE, name))

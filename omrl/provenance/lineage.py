@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from omrl.behavior.base import SCRIPT, checkpoint_name, task_folder
+from omrl.core import layout
 from omrl.core.errors import UserError, suggest
 from omrl.core.files import read_json, read_manifest, sha256
 from omrl.data.parquet import read_footer, read_table, read_transitions
@@ -86,9 +87,12 @@ def _collect(pipeline: Pipeline, output: Output, cells: dict[str, Any]) -> None:
     cells[output.stage] = {}  # holds the place against cycles, which a sound lock does not have
     parents: list[str] = []
     code: dict[str, str] = {}
+    origins: dict[str, Any] = {}
     for path, md5 in stage.deps.items():
         if path.startswith("data/code/"):
             code[path] = _fingerprint(pipeline, path, md5)
+            if about := _origin(pipeline, path, code[path]):
+                origins[path] = about
         for parent in pipeline.under(path):
             if parent.stage not in parents and not parent.path.startswith(_PLAN):
                 parents.append(parent.stage)
@@ -110,6 +114,7 @@ def _collect(pipeline: Pipeline, output: Output, cells: dict[str, Any]) -> None:
         "commit": pipeline.commit_of(output.md5),
         "parameters": stage.params,
         "code": code,
+        "origins": origins,
         "reads": parents,
         "outdated": pipeline.outdated(stage),
     }
@@ -122,6 +127,15 @@ def _fingerprint(pipeline: Pipeline, path: str, md5: str) -> str:
         return str(read_json(place)["fingerprint"])
     except (UserError, KeyError, TypeError):
         return f"gone, its MD5 was {md5}"
+
+
+def _origin(pipeline: Pipeline, path: str, value: str) -> dict[str, Any] | None:
+    """Return package, version, file and its SHA-256 of a plug-in; None for code of ours, or code that has changed."""
+    try:
+        about = read_json(pipeline.folder / layout.CODE / layout.ORIGINS)[path.removeprefix("data/code/")[:-5]]
+        return about if about["fingerprint"] == value else None
+    except (UserError, KeyError, TypeError):
+        return None
 
 
 def _number(pipeline: Pipeline, keys: list[str]) -> tuple[dict[str, Any], list[Output]]:
@@ -348,6 +362,9 @@ def _branch(cells: dict[str, Any], name: str, indent: str, told: set[str], lines
         lines.append(f"{inner}params: {'; '.join(parameters)}")
     for path, value in cell["code"].items():
         lines.append(f"{inner}code: {path} {value[:16]}")
+        if about := cell["origins"].get(path):
+            package = "no package" if about["package"] is None else f"{about['package']} {about['version']}"
+            lines.append(f"{inner}      {about['module']} of {package}, {about['file']} SHA-256 {about['sha256']}")
     for parent in cell["reads"]:
         if parent != "code":
             _branch(cells, parent, inner, told, lines, git)
