@@ -519,7 +519,7 @@ def _check_plugins(x: Experiment) -> None:
         return
     try:
         stage = read_yaml(graph)["stages"]["code"]
-        watched = [] if stage.get("always_changed") else [str(dep) for dep in stage.get("deps", [])]
+        watched = [str(dep) for dep in stage.get("deps", [])]
     except (KeyError, TypeError, AttributeError):
         return  # DVC says what is wrong with it
     if stage.get("always_changed"):
@@ -536,8 +536,8 @@ def _check_plugins(x: Experiment) -> None:
 
 def _check_devices(x: Experiment) -> None:
     """Raise where a GPU is asked for and there is none; torch is imported only to find out."""
-    asked = [("behavior", x.behavior), ("meta_train", x.meta_train), ("evaluate", x.evaluate)]
-    for section in [name for name, config in asked if config.device == "cuda"]:
+    asked = {"behavior": x.behavior.device, "meta_train": x.meta_train.device, "evaluate": x.evaluate.device}
+    for section in [name for name, device in asked.items() if device == "cuda"]:
         import torch
 
         if not torch.cuda.is_available():

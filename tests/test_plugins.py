@@ -175,7 +175,7 @@ def test_installed_plug_ins_are_listed_and_loaded_by_their_entry_points(folder):
     path = params(folder, algorithms={"their-method": {"latent_dim": 3}})
     with pytest.raises(UserError, match=r"deps does not have (low|method)\.py .*algorithms\.their-method\.algorithm"):
         check(path)
-    watched = (SMOKE / "dvc.yaml").read_text().replace('"${repository}/stages"]', '"${repository}/stages", theirs]')
+    watched = (SMOKE / "dvc.yaml").read_text().replace('"${repository}/stages",', '"${repository}/stages", theirs,')
     assert "meta_train@their-method-expert-0" in check(params(folder, watched, algorithms={"their-method": {}}))
 
 
@@ -206,7 +206,7 @@ def test_an_environment_of_ones_own(folder):
     text = (ROOT / "omrl/envs/sparse_point_robot.py").read_text()
     text = text.replace('"OMRL/SparsePointRobot-v0"', '"Mine/Robot-v0"').replace('"sparse-point-robot"', '"mine.robot"')
     write(folder, mine__robot=text)
-    watched = (SMOKE / "dvc.yaml").read_text().replace('"${repository}/stages"]', '"${repository}/stages", mine]')
+    watched = (SMOKE / "dvc.yaml").read_text().replace('"${repository}/stages",', '"${repository}/stages", mine,')
     assert check(params(folder, watched, env="mine.robot"))
     from omrl.envs.base import load_family
 
