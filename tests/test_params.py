@@ -51,7 +51,7 @@ def test_the_params_of_the_project_are_sound(file):
     cells, asked = params.check(ROOT / file), yaml.safe_load((ROOT / file).read_text())
     datasets = asked["dataset"]
     models = len(asked["algorithms"]) * len(datasets["train"]) * len(asked["seeds"])
-    data = 2 * len(asked["shards"]) + len(datasets["levels"]) + len(asked["relabel"])
+    data = 2 * len(asked["shards"]) + len(datasets["levels"]) + len(asked["relabel"]) + len(asked["pairs"])
     assert len(cells) == data + models * (1 + len(datasets["test"]))
     assert sum(cell.startswith("evaluate@") for cell in cells) == models * len(datasets["test"])
 
