@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from omrl.algorithms.base import Sizes, create
+from omrl.algorithms.base import Spec, create
 from omrl.core.precision import Kernels, set_kernels
-from omrl.data.taskdata import TaskBuffers
+from omrl.data.taskdata import TaskData
 from omrl.learning.train import Curve, Sampler
 
 TASKS, ROWS, OBS, ACT, LATENT, META_BATCH = 20, 10_000, 2, 2, 20, 16
@@ -41,15 +41,15 @@ CASES: dict[str, dict[str, int]] = {  # width, RL batch, context batch
 }
 
 
-def buffers() -> TaskBuffers:
+def buffers() -> TaskData:
     rng = np.random.default_rng(0)
 
     def column(*width: int) -> np.ndarray:
         return rng.normal(size=(TASKS, ROWS, *width)).astype(np.float32)
 
-    return TaskBuffers(
-        tuple(range(TASKS)), column(OBS), np.tanh(column(ACT)), column(), column(), column(OBS),
-        np.zeros((TASKS, ROWS), np.float32),
+    return TaskData.of_bags(
+        range(TASKS), observation=column(OBS), action=np.tanh(column(ACT)), reward=column(), sparse_reward=column(),
+        next_observation=column(OBS), terminal=np.zeros((TASKS, ROWS), np.float32),
     )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
 class Reference:
     """Algorithm 1 as written, with the released code's value network and without regularization."""
 
-    def __init__(self, data: TaskBuffers, width: int, rl_batch: int, context_batch: int) -> None:
+    def __init__(self, data: TaskData, width: int, rl_batch: int, context_batch: int) -> None:
         self.rl_batch, self.context_batch = rl_batch, context_batch
         self.data = {
             name: torch.from_numpy(getattr(data, name)) for name in vars(data) if name not in ("tasks", "table")
@@ -136,11 +136,11 @@ class Reference:
         self.adam[name].step()
 
 
-def ours(data: TaskBuffers, **values: Any) -> Callable[[], None]:
-    algorithm = create("focal", {"latent_dim": LATENT, "meta_batch": META_BATCH, **values}, Sizes(OBS, ACT, False), 0)
-    sampler = Sampler(data, algorithm.batch_sizes(), False, 0, algorithm.device)
+def ours(data: TaskData, **values: Any) -> Callable[[], None]:
+    algorithm = create("focal", {"latent_dim": LATENT, "meta_batch": META_BATCH, **values}, Spec(OBS, ACT, False), 0)
+    sampler, (phase,) = Sampler(data, 0, algorithm.device), algorithm.phases(1)
     curve = Curve()
-    return lambda: curve.add(algorithm.update(sampler.draw()))
+    return lambda: curve.add(algorithm.update(phase, sampler.draw(phase)))
 
 
 def with_kernels(kind: Kernels, step: Callable[[], Any]) -> Callable[[], None]:

@@ -12,7 +12,7 @@ from _bench import best
 from omrl.core.files import write_manifest
 from omrl.data.parquet import write_transitions
 from omrl.data.schema import TYPES, VECTORS
-from omrl.data.taskdata import TaskBuffers
+from omrl.data.taskdata import TaskData
 
 TASKS, ROWS, WIDTH = 20, 10_000, 20
 
@@ -36,13 +36,13 @@ def main() -> None:
                 frames = [pd.read_parquet(folder / file, columns=[key, "reward", "sparse_reward"]) for file in files]
                 np.stack([np.stack(frame[key].to_list()) for frame in frames])
 
-        loaded = TaskBuffers.load(folder, list(range(TASKS)))
+        loaded = TaskData.load(folder, list(range(TASKS)))
         fields = ("observation", "action", "next_observation", "reward", "sparse_reward", "terminal")
         size = sum(getattr(loaded, field).nbytes for field in fields) / 1e6
-        theirs, ours = best(peer, 2), best(lambda: TaskBuffers.load(folder, list(range(TASKS))))
+        theirs, ours = best(peer, 2), best(lambda: TaskData.load(folder, list(range(TASKS))))
         print(f"{TASKS} tasks x {ROWS} rows x {WIDTH} numbers: {stored:.0f} MB stored, {size:.0f} MB of arrays")
         print(f"{'pandas.read_parquet, stacked':<46}{size / theirs:>14,.0f} MB/s")
-        print(f"{'TaskBuffers.load, all checksums verified':<46}{size / ours:>14,.0f} MB/s")
+        print(f"{'TaskData.load, all checksums verified':<46}{size / ours:>14,.0f} MB/s")
         print(f"{'ratio':<46}{theirs / ours:>14.1f} x")
 
 

@@ -105,14 +105,14 @@ def relabel(tasks: int, rows: int) -> None:
 
 def train(tasks: int, rows: int) -> None:
     """Load every task and take some FOCAL steps."""
-    from omrl.algorithms.base import Sizes
-    from omrl.learning.train import MetaTrainConfig, build_model
+    from omrl.learning.train import MetaTrainConfig, build_model, spec_of
 
     family = load_family(ENV)
     build_model(
-        name="focal", module="focal", overrides={"width": 64, "encoder_width": 64}, dataset="mixed", seed=0,
+        name="focal", module="focal", overrides={"width": 64, "encoder_width": 64},
+        sources={"transitions": "mixed"}, dataset="mixed", seed=0,
         config=MetaTrainConfig(steps=STEPS, log_every=STEPS, checkpoint_every=STEPS),
-        sizes=Sizes(family.observation_size, family.action_size, family.context_next_observation),
+        spec=spec_of(family), inference=family.inference_reward,
         code=[], target="data/models/focal",
     )  # fmt: skip
 
