@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from omrl.core.errors import UserError
 from omrl.core.files import write_json, write_text
 from omrl.experiment import read as read_params
@@ -155,6 +153,8 @@ def forget_dead(folder: Path) -> int:
 
 
 def _alive(info: dict[str, Any]) -> bool:
+    import psutil
+
     try:
         process = psutil.Process(int(info["pid"]))
         # DVC writes its own arguments there; the interpreter's stand before them in the process's command line
