@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import Project
+from conftest import ROOT, Project
 
 from omrl.core.errors import UserError
 from omrl.core.files import write_json, write_manifest, write_text
+from omrl.provenance.lockfile import Pipeline
 from omrl.report import collect, comparison, folders
 
 WIDTH, HEIGHT = 120, 50  # of a screen
@@ -132,6 +134,16 @@ def test_every_folder_under_data_is_described(tmp_path):
         folders.describe(model)
     with pytest.raises(UserError, match="nowhere: expected a folder under data/"):
         folders.describe(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "pipelines").iterdir()), ids=lambda folder: folder.name)
+def test_every_pipeline_is_a_dvc_project_with_the_one_cache(folder):
+    smoke = ROOT / "pipelines/smoke"
+    for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore"):
+        assert (folder / name).read_text() == (smoke / name).read_text(), name
+    for package in ("omrl", "stages"):
+        assert (folder / "source" / package).readlink() == Path("../../..") / package
+    assert Pipeline.cache.func(SimpleNamespace(repository=folder)) == (ROOT / ".dvc/cache/files/md5").resolve()
 
 
 def screen(project: Project, *command: str, cwd: Path) -> list[str]:
