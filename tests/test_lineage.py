@@ -24,32 +24,45 @@ def md5(content: bytes) -> str:
     return hashlib.md5(content).hexdigest()
 
 
+PLAN = {"shards": [], "datasets": ["expert"], "pairs": [], "models": [], "evaluations": []}
+
+
 @pytest.fixture
 def made(tmp_path):
-    """A pipeline of two stages: tasks -> dataset@expert, outputs on disk and in the cache."""
+    """A pipeline of three stages: plan, and tasks -> dataset@expert; outputs on disk and in the cache."""
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc/config").write_text("[cache]\n    type = 'reflink,copy'  # a comment\n")
-    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    (tmp_path / "dvc.yaml").write_text("stages: {tasks: {outs: [data/tasks]}, plan: {outs: [data/plan]}}\n")
+    (tmp_path / "params.yaml").write_text("rate: 1e-5\ntext: on\n")
     lock = {"schema": "2.0", "stages": {}}
-    hashes = {}
-    for stage, path, deps in (("tasks", "data/tasks", []), ("dataset@expert", "data/datasets/expert", ["data/tasks"])):
+    recorded = {}
+    for stage, path, deps in (
+        ("plan", "data/plan", []),
+        ("tasks", "data/tasks", []),
+        ("dataset@expert", "data/datasets/expert", ["data/tasks"]),
+    ):
         folder = tmp_path / path
         folder.mkdir(parents=True)
         for name in ("a", "b"):
             (folder / f"{name}.txt").write_text(f"{path} {name}")
+        if stage == "plan":
+            (folder / "cells.json").write_text(json.dumps(PLAN))
         entries = listing(folder)
-        hashes[path] = md5_of_listing(entries)
+        digest = md5_of_listing(entries)
+        size = sum((folder / e["relpath"]).stat().st_size for e in entries)
+        recorded[path] = {"path": path, "md5": digest, "size": size, "nfiles": len(entries)}
         cache = tmp_path / ".dvc/cache/files/md5"
         objects = {e["md5"]: (folder / e["relpath"]).read_bytes() for e in entries}
-        objects[hashes[path]] = json.dumps(entries, sort_keys=True).encode()
-        for digest, content in objects.items():
-            (cache / digest[:2]).mkdir(parents=True, exist_ok=True)
-            (cache / digest[:2] / digest[2:]).write_bytes(content)
+        objects[digest] = json.dumps(entries, sort_keys=True).encode()
+        for name, content in objects.items():
+            (cache / name[:2]).mkdir(parents=True, exist_ok=True)
+            (cache / name[:2] / name[2:]).write_bytes(content)
+        family, _, argument = stage.partition("@")
         lock["stages"][stage] = {
-            "cmd": f"python -m stages.{stage}",
-            "deps": [{"path": p, "md5": hashes[p]} for p in deps],
+            "cmd": f"python -m stages.{family} {argument}".strip(),
+            "deps": [dict(recorded[p]) for p in deps],
             "params": {"params.yaml": {"rate": 1e-5, "text": "on"}},
-            "outs": [{"path": path, "md5": hashes[path], "size": 10}],
+            "outs": [dict(recorded[path])],
         }
     (tmp_path / "dvc.lock").write_text(yaml.safe_dump(lock))
     return tmp_path
@@ -69,11 +82,12 @@ def test_yaml_is_read_as_dvc_writes_it(tmp_path):
 
 def test_folders_are_hashed_as_dvc_does(made):
     pipeline = Pipeline(made)
-    assert {out.path for out in pipeline.outputs()} == {"data/tasks", "data/datasets/expert"}
+    assert {out.path for out in pipeline.outputs()} == {"data/plan", "data/tasks", "data/datasets/expert"}
     for out in pipeline.outputs():
         assert md5_of(made / out.path) == out.md5
         assert pipeline.state(out) == "ok"
-        assert set(pipeline.recorded(out)) == {f"{out.path}/a.txt", f"{out.path}/b.txt"}
+        extra = {"data/plan/cells.json"} if out.stage == "plan" else set()
+        assert set(pipeline.recorded(out)) == {f"{out.path}/a.txt", f"{out.path}/b.txt"} | extra
 
 
 def test_a_changed_file_is_named(made):
@@ -109,7 +123,10 @@ def test_the_seeds_behind_a_number_come_in_their_order(made):
     (made / "reports").mkdir()
     (made / "reports/metrics.json").write_text(json.dumps({"focal": {"expert": {"medium": {"mean": 1.0}}}}))
     lock = yaml.safe_load((made / "dvc.lock").read_text())
-    paths = [f"data/evaluations/focal/expert/medium/{seed}" for seed in (2, 10, 0)]
+    seeds = (2, 10, 0)
+    paths = [f"data/evaluations/focal/expert/medium/{seed}" for seed in seeds]
+    asked = [{"algorithm": "focal", "train": "expert", "test": "medium", "seed": seed} for seed in seeds]
+    (made / "data/plan/cells.json").write_text(json.dumps(PLAN | {"evaluations": asked}))
     for stage, path in [*((f"evaluate@{i}", p) for i, p in enumerate(paths)), ("report", "reports")]:
         lock["stages"][stage] = {"cmd": "python", "outs": [{"path": path, "md5": "0" * 32 + ".dir", "size": 1}]}
     (made / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
@@ -159,3 +176,11 @@ def test_verify_names_files_and_cache_objects(made):
     assert "dvc repro --force --single-item dataset@expert" in found[cached]
     (made / cached).unlink()
     assert "missing from the cache" in damage_of(made)[cached]
+
+
+@pytest.mark.parametrize("stage", ["plan", "tasks"])
+def test_verify_names_an_output_of_dvc_yaml_that_the_lock_lacks(made, stage):
+    lock = yaml.safe_load((made / "dvc.lock").read_text())
+    del lock["stages"][stage]
+    (made / "dvc.lock").write_text(yaml.safe_dump(lock))
+    assert f"does not record data/{stage}" in damage_of(made)["dvc.lock"]

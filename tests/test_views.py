@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import yaml
 from conftest import ROOT, Project
 
-from omrl.core.errors import UserError
+from omrl.core.errors import UserError, explain
 from omrl.core.files import write_json, write_manifest, write_text
+from omrl.data.parquet import write_table, write_transitions
+from omrl.data.schema import TYPES, VECTORS
 from omrl.provenance.lockfile import Pipeline
 from omrl.report import collect, comparison, folders
 
@@ -131,6 +135,80 @@ def test_every_pipeline_is_a_dvc_project_with_the_one_cache(folder):
     for package in ("omrl", "stages"):
         assert (folder / "source" / package).readlink() == Path("../../..") / package
     assert Pipeline.cache.func(SimpleNamespace(repository=folder)) == (ROOT / ".dvc/cache/files/md5").resolve()
+
+
+HOSTILE = "\x1b[2J\x1b]0;x\x07\u202e\nfine"
+
+
+def transitions(rows: int) -> dict[str, np.ndarray]:
+    return {name: np.zeros((rows, 2) if name in VECTORS else rows, kind) for name, kind in TYPES.items()}
+
+
+@pytest.mark.parametrize(
+    ("rows", "footer", "part"),
+    [
+        (0, {}, "0 rows of task (int32)"),
+        (3, {"environment": "x", "task": [HOSTILE]}, "3 transitions of task 0 in an unnamed environment"),
+        (3, {"environment": {"family": HOSTILE}, "task": "x" * 10_000}, "in \\x1b[2J\\x1b]0;x\\x07\\u202e\\nfine"),
+    ],
+)
+def test_any_file_of_transitions_is_described_printably(tmp_path, rows, footer, part):
+    path = tmp_path / "a.parquet"
+    write_transitions(path, transitions(rows), footer)
+    text = folders.describe(path)
+    assert part in text
+    assert all(line.isprintable() and len(line) < 2200 for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("table", "part"),
+    [
+        (pa.table({"task": ["a"], "source_task": [[1]]}), "1 rows of task (string), source_task (list<"),
+        (pa.table({HOSTILE: pa.array([None, 2])}), "2 rows of \\x1b[2J"),
+        (pa.table({}), "0 rows of no columns"),
+        (
+            pa.table({"task": pa.array([], pa.int32()), "source_task": pa.array([], pa.int32())}),
+            "0 rows of task (int32)",
+        ),
+        (pa.table({"a": [{"b": [1, 2]}], "c": pa.array([1], pa.timestamp("s"))}), "1 rows of a (struct<"),
+    ],
+)
+def test_foreign_columns_are_listed(tmp_path, table, part):
+    write_table(tmp_path / "a.parquet", table)
+    text = folders.describe(tmp_path / "a.parquet")
+    assert part in text
+    assert text.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("a.parquet", os.mkfifo),
+        ("a.parquet", Path.mkdir),
+        ("a.parquet", Path.touch),
+        ("a.parquet", lambda path: path.symlink_to(path)),
+        ("a.json", os.mkfifo),
+        ("a.json", lambda path: path.write_text("[" * 500 + "]" * 500)),
+        ("set/card.json", lambda path: path.write_text("[]")),
+        ("set/card.json", lambda path: path.write_text('{"kind": 3, "definition": {}, "normalized_return": "x"}')),
+        ("set/manifest.json", lambda path: write_manifest(path.parent, kind="x", inputs={"a": 3}, parameters={},
+                                                          files={})),
+        ("set/manifest.json", os.mkfifo),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_described_is_one_line(tmp_path, name, make):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    make(path)
+    if name == "set/manifest.json" and not path.is_file():
+        assert "manifest.json" in folders.describe(path.parent)  # listed, not waited for
+        return
+    with pytest.raises((UserError, OSError)) as caught:
+        folders.describe(path.parent if path.parent != tmp_path else path)
+    line = explain(caught.value)
+    assert line is not None
+    assert name in line
+    assert line.isprintable()
 
 
 def screen(project: Project, *command: str, cwd: Path) -> list[str]:

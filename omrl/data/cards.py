@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from omrl.core.errors import UserError
-from omrl.core.files import read_json
+from omrl.core.errors import UserError, printable, shown
+from omrl.core.files import read_input
 from omrl.data.parquet import read_footer, read_table
-from omrl.data.schema import Columns, from_table
+from omrl.data.schema import Columns, check, from_table
 
 _QUANTILES = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0}
 _BINS = 30
@@ -97,7 +97,12 @@ def describe(path: str | Path) -> str:
             raise UserError(
                 f"{path}: no card.json in it; expected a folder like data/datasets/expert, or a Parquet file"
             )
-        return _describe_card(read_json(path / "card.json"))
+        try:
+            return _describe_card(read_input(path / "card.json"))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            raise UserError(
+                f"{path / 'card.json'}: damaged, not a dataset's card; restore it with 'dvc checkout'"
+            ) from None
     if path.suffix != ".parquet":
         raise UserError(f"{path}: expected a dataset folder or a .parquet file")
     return _describe_file(path)
@@ -127,26 +132,36 @@ def _describe_card(card: Mapping[str, Any]) -> str:
             line += "".join(f" {values[key]:>9.3f}" for key in ("mean", "q25", "median", "q75"))
             line += f" {entry['normalized_mean']:>8.3f}"
         lines.append(line)
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _describe_file(path: Path) -> str:
-    footer, columns = read_footer(path), from_table(read_table(path))
-    if "task" not in columns or "source_task" not in columns:
-        names = ", ".join(f"{name}{list(values.shape[1:]) or ''}" for name, values in columns.items())
-        return f"{path}: {len(next(iter(columns.values()))):,} rows of {names}"
-    environment = footer.get("environment", {})
+    if path.exists() and not path.is_file():  # a FIFO would be waited for
+        raise UserError(f"{path}: not a file; expected a Parquet file")
+    footer, table = read_footer(path), read_table(path)
+    try:
+        check(table.schema)
+        ours = not any(column.null_count for column in table.columns)
+    except ValueError:
+        ours = False
+    if not ours or not table.num_rows:
+        names = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
+        return printable(f"{path}: {table.num_rows:,} rows of {names or 'no columns'}")
+    columns = from_table(table)
+    environment = footer.get("environment")
+    family = environment.get("family") if isinstance(environment, dict) else None
     lines = [
         f"{path}: {len(columns['task']):,} transitions of task {int(columns['task'][0])} in "
-        f"{environment.get('family', 'an unnamed environment')}",
-        f"task parameters: {footer.get('task')}",
+        f"{shown(family or 'an unnamed environment', quote=False)}",
+        f"task parameters: {shown(footer.get('task'), 2000)}",
         f"source tasks: {len(np.unique(columns['source_task']))}, checkpoints: "
         f"{', '.join(map(str, np.unique(columns['checkpoint'])))}",
     ]
     for name in ("observation", "action", "reward", "sparse_reward", "next_observation"):
         values = columns[name]
-        lines.append(f"{name}: {values.dtype}{list(values.shape)}, {values.min():.4g} .. {values.max():.4g}")
+        extent = f", {values.min():.4g} .. {values.max():.4g}" if values.size else ""
+        lines.append(f"{name}: {values.dtype}{list(values.shape)}{extent}")
     lines.append(
         f"non-sparse: {(columns['sparse_reward'] != 0).mean():.1%}, truncated: {int(columns['truncated'].sum())}"
     )
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

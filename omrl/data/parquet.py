@@ -86,10 +86,13 @@ def read_footer(path: str | Path) -> dict[str, Any]:
         metadata = pq.read_schema(path).metadata or {}
         if hashlib.sha256(metadata[_FOOTER]).hexdigest().encode() != metadata[_DIGEST]:
             raise ValueError("its own SHA-256 differs")
-        return json.loads(metadata[_FOOTER])
+        footer = json.loads(metadata[_FOOTER])
+        if not isinstance(footer, dict):
+            raise ValueError("not a JSON object")
+        return footer
     except FileNotFoundError:
         raise UserError(f"{path}: missing; run 'dvc repro' to build it") from None
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: no footer of OMRL, or damaged ({error}); restore it with 'dvc checkout'") from None
 
 

@@ -159,21 +159,24 @@ class Pipeline:
             return None
 
     @cached_property
-    def kept_by_git(self) -> frozenset[str]:
-        """The outputs that dvc.yaml keeps out of the cache."""
+    def declared(self) -> dict[str, bool]:
+        """The output paths of dvc.yaml, templates as written -> does DVC's cache keep them?"""
         try:
             stages = yaml.load((self.folder / "dvc.yaml").read_text(encoding="utf-8"), Loader=Loader)["stages"]
-            return frozenset(
-                path
+            entries = [
+                entry if isinstance(entry, dict) else {entry: {}}
                 for stage in stages.values()
                 for kind in ("outs", "plots", "metrics")
-                for entry in stage.get(kind, [])
-                if isinstance(entry, dict)
-                for path, options in entry.items()
-                if not options.get("cache", True)
-            )
-        except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+                for entry in stage.get("do", stage).get(kind, [])
+            ]
+            return {path: options.get("cache", True) for entry in entries for path, options in entry.items()}
+        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{self.folder / 'dvc.yaml'}: missing or damaged; restore it with 'git checkout'") from None
+
+    @cached_property
+    def kept_by_git(self) -> frozenset[str]:
+        """The outputs that dvc.yaml keeps out of the cache."""
+        return frozenset(path for path, cached in self.declared.items() if not cached)
 
     def current(self, output: Output) -> bool:
         """Does params.yaml still ask for this output? (dvc.lock keeps cells of earlier choices.)"""

@@ -20,8 +20,6 @@ from omrl.core.progress import Progress
 from omrl.core.yamlfile import Loader
 from omrl.provenance.lockfile import LOCK, Output, Pipeline, listing, md5_of_file, md5_of_listing
 
-_REPORT = ("results.csv", "results.md", "index.html", "lineage.json", "figures", "plots", "metrics.json")
-
 
 def _md5(path: Path) -> str:
     """Return the MD5 of a file, or, where it cannot be read, what the system says."""
@@ -90,10 +88,10 @@ def _check_lock(pipeline: Pipeline) -> list[Damage]:
                 f"run 'dvc repro' in {pipeline.folder}",
             )
         )
-    fixed = {"data/plan", "data/code", "data/tasks", *(f"reports/{name}" for name in _REPORT)}
+    fixed = {path for path in pipeline.declared if "${" not in path}
     recorded = {output.path for output in pipeline.outputs()}
     damage += [
-        Damage(lock, f"does not record {path}, which params.yaml asks for", again)
+        Damage(lock, f"does not record {path}, which dvc.yaml and params.yaml ask for", again)
         for path in sorted(fixed.union(pipeline.wanted or ()) - recorded)
     ]
     for name, stage in pipeline.stages.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omrl.core.errors import UserError
+from omrl.core.errors import UserError, printable
 from omrl.core.files import MANIFEST, read_json, read_manifest
 from omrl.data import cards
 
@@ -22,7 +22,7 @@ def describe(path: str | Path) -> str:
     if path.suffix == ".parquet" or (path / "card.json").is_file():
         return cards.describe(path)
     if path.suffix == ".json" and path.is_file():
-        return "\n".join([f"{path}:", *_outline(read_json(path))])
+        return _text([f"{path}:", *_outline(read_json(path))])
     if not path.is_dir():
         raise UserError(f"{path}: expected a folder under data/, a .parquet or a .json file")
     if (path / MANIFEST).is_file():
@@ -30,8 +30,12 @@ def describe(path: str | Path) -> str:
     return _describe_listing(path)
 
 
+def _text(lines: list[str]) -> str:
+    return "\n".join(map(printable, lines))
+
+
 def _size(path: Path) -> int:
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+    return sum(p.lstat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.lstat().st_size
 
 
 def _bytes(count: int) -> str:
@@ -41,17 +45,16 @@ def _bytes(count: int) -> str:
 def _describe_manifest(path: Path) -> str:
     manifest = read_manifest(path)
     lines = [f"{path}: {manifest['kind']}", "made from:"]
-    lines += [f"  {name}  {digest[:12]}" for name, digest in manifest["inputs"].items()]
-    lines += ["parameters:", *_outline(manifest["parameters"], "  ")]
-    lines.append("files:")
-    files = list(manifest["files"].items())
     try:
+        lines += [f"  {name}  {digest[:12]}" for name, digest in manifest["inputs"].items()]
+        lines += ["parameters:", *_outline(manifest["parameters"], "  "), "files:"]
+        files = list(manifest["files"].items())
         for name, entry in files[:_LISTED]:
             rows = "" if entry["rows"] is None else f", {entry['rows']:,} rows"
             lines.append(f"  {name}: {_bytes(entry['bytes'])}{rows}")
-    except (KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{path / MANIFEST}: damaged; restore it with 'dvc checkout'") from None
-    return "\n".join(lines + [f"  and {len(files) - _LISTED} more"] * (len(files) > _LISTED))
+    return _text(lines + [f"  and {len(files) - _LISTED} more"] * (len(files) > _LISTED))
 
 
 def _describe_listing(path: Path) -> str:
@@ -64,7 +67,7 @@ def _describe_listing(path: Path) -> str:
         elif entry.is_dir():
             kind = f", {sum(1 for _ in entry.iterdir())} entries"
         lines.append(f"  {entry.name}{'/' * entry.is_dir()}: {_bytes(_size(entry))}{kind}")
-    return "\n".join(lines + [f"  and {len(entries) - _LISTED} more"] * (len(entries) > _LISTED))
+    return _text(lines + [f"  and {len(entries) - _LISTED} more"] * (len(entries) > _LISTED))
 
 
 def _outline(value: Any, indent: str = "") -> list[str]:
