@@ -24,7 +24,7 @@ FLOORS = [
     r"omrl\.(learning|evaluation)(\..*)?",
     r"omrl\.provenance(\.(lockfile|lineage|verify))?",
     r"omrl\.report(\..*)?",
-    r"omrl\.experiment",
+    r"omrl\.(experiment|frontdoor)",
     r"omrl\.cli",
     r"stages(\..*)?",
 ]
@@ -56,7 +56,7 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_go_down_only(module):
     for name in imported(MODULES[module]):
-        if name in MODULES and name != "omrl":
+        if name in MODULES and "omrl" not in (name, module):  # omrl itself imports names when they are used
             # the command line is the one place above the stages: 'omrl check' is their validation
             if module == "omrl.cli" and name.startswith("stages"):
                 continue

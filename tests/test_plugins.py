@@ -137,8 +137,8 @@ shaped = {"observation": before, "action": action, "reward": done.reward, "spars
 data = TaskData.of_bags([0, 1, 2], **{k: v.reshape(3, 8, *v.shape[1:]) for k, v in shaped.items()})
 small = {"width": 8, "encoder_width": 8, "meta_batch": 2, "rl_batch": 4, "context_batch": 4}
 algorithm = create("focal", small, spec_of(family, 3), 0, "cpu")
-at = train(algorithm, make_sampler(algorithm, {"transitions": data}, 0), MetaTrainConfig(steps=4, log_every=2, threads=1),
-           Path(sys.argv[2]) / "state")
+settings = MetaTrainConfig(steps=4, log_every=2, threads=1)
+at = train(algorithm, make_sampler(algorithm, {"transitions": data}, 0), settings, Path(sys.argv[2]) / "state")
 digest = hashlib.sha256(at.curve.text().encode())
 for name, tensor in sorted(algorithm.model_state().items()):
     digest.update(name.encode() + tensor.numpy().tobytes())
