@@ -1,4 +1,4 @@
-"""The command line: ``omrl check``, ``list``, ``data``, ``lineage``, ``verify``."""
+"""The command line: ``omrl check``, ``list``, ``data``, ``lineage``, ``verify``, ``init``, ``video``."""
 
 from __future__ import annotations
 
@@ -128,6 +128,32 @@ def verify(
         print(f"{folder}: {checked} files and cache objects checked, {len(damage)} damaged")
     if total:
         raise typer.Exit(1)
+
+
+@app.command()
+def init(
+    name: Annotated[Path, typer.Argument(help="the new folder")],
+    source: Annotated[str, typer.Option("--from", help="pipeline to begin as: a name, or a folder")] = "default",
+    plugin: Annotated[bool, typer.Option("--plugin", help="with a method of one's own and its test")] = False,
+) -> None:
+    """Write the folder of a new experiment, which runs at once."""
+    from omrl.scaffold.init import init as write
+
+    for path in write(name, source, plugin):
+        print(path)
+    print(f"next: cd {name} && git init && dvc repro")
+
+
+@app.command()
+def video(
+    model: Annotated[Path, typer.Argument(help="a folder data/models/<algorithm>/<dataset>/<seed>")],
+    task: Annotated[int | None, typer.Option(help="index of the task; else the first test task")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="the GIF to write")] = Path("video.gif"),
+) -> None:
+    """Draw an adapted policy beside the unadapted one, as a GIF."""
+    from omrl.video import write
+
+    print(write(model, task, output))
 
 
 def entry() -> None:

@@ -25,6 +25,7 @@ FLOORS = [
     r"omrl\.provenance(\.(lockfile|lineage|verify))?",
     r"omrl\.report(\..*)?",
     r"omrl\.(experiment|frontdoor)",
+    r"omrl\.(scaffold(\..*)?|video)",
     r"omrl\.cli",
     r"stages(\..*)?",
 ]
