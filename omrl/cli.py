@@ -181,7 +181,7 @@ def video(
     task: Annotated[int | None, typer.Option(help="index of the task; else the first unseen one")] = None,
     dataset: Annotated[str | None, typer.Option(help="where the context is from; else the training dataset")] = None,
     transitions: Annotated[int, typer.Option(min=1, help="of context")] = 400,
-    output: Annotated[Path, typer.Option(help="GIF to write")] = Path("video.gif"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="GIF to write")] = Path("video.gif"),
 ) -> None:
     """Film a model on a task, before and after it has seen some context; in the pipeline's folder."""
     from omrl.report.video import video as film
@@ -213,6 +213,20 @@ def verify(
         print(f"{folder}: {checked} files and cache objects checked, {len(damage)} damaged")
     if total:
         raise typer.Exit(1)
+
+
+@app.command()
+def init(
+    name: Annotated[Path, typer.Argument(help="the new folder")],
+    source: Annotated[str, typer.Option("--from", help="pipeline to begin as: a name, or a folder")] = "default",
+    plugin: Annotated[bool, typer.Option("--plugin", help="with a method of one's own and its test")] = False,
+) -> None:
+    """Write the folder of a new experiment, which runs at once."""
+    from omrl.scaffold.init import init as write
+
+    for path in write(name, source, plugin):
+        print(path)
+    print(f"next: cd {name} && git init && dvc repro")
 
 
 def entry() -> None:

@@ -110,6 +110,24 @@ def clone(target: Path) -> Project:
     return project
 
 
+def build_wheel(folder: Path) -> Path:
+    """Build the wheel in ``folder`` from a copy of what git knows, and return it."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    top = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
+    for name in listed.splitlines():
+        preset = name.endswith(("params.yaml", "dvc.yaml"))
+        if (name.startswith(("omrl/", "stages/")) or preset or name in top) and (ROOT / name).is_file():
+            (folder / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / "copy" / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    command += ["--wheel-dir", str(folder), str(folder / "copy")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (built,) = folder.glob("*.whl")
+    return built
+
+
 def commit(project: Project, message: str) -> None:
     project.run("git", "add", "-A")
     project.run(

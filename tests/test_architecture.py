@@ -26,6 +26,7 @@ FLOORS = [
     r"omrl\.report(\..*)?",
     r"omrl\.experiment",
     r"omrl\.running(\..*)?",
+    r"omrl\.(frontdoor|scaffold)(\..*)?",
     r"omrl\.cli",
     r"stages(\..*)?",
 ]
@@ -57,7 +58,7 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_go_down_only(module):
     for name in imported(MODULES[module]):
-        if name in MODULES and name != "omrl":
+        if name in MODULES and "omrl" not in (name, module):  # omrl itself imports names when they are used
             # the command line is the one place above the stages: 'omrl check' is their validation
             if module == "omrl.cli" and name.startswith("stages"):
                 continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import build_wheel
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("dask", "distributed", "dvc", "jinja2", "matplotlib", "PIL", "sklearn", "stable_baselines3", "tensorboard")
@@ -27,24 +27,15 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> set[str]:
     """The names in a wheel built from a copy of what git knows."""
-    copy, target = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in listed.splitlines():
-        if name.startswith(("omrl/", "stages/")) or name in ("pyproject.toml", "README.md", "LICENSE"):
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, copy / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run([*command, "--wheel-dir", target, copy], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (built,) = target.glob("*.whl")
-    return set(zipfile.ZipFile(built).namelist())
+    return set(zipfile.ZipFile(build_wheel(tmp_path_factory.mktemp("build"))).namelist())
 
 
 def test_the_wheel_has_code_templates_types_and_nothing_else(wheel):
     expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "omrl").rglob("*.py")}
     expected |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "stages").glob("*.py")}
     expected |= {"omrl/py.typed", *(f"omrl/report/templates/page.{kind}" for kind in ("html", "css", "js"))}
+    pipelines = {"default", *(path.parent.name for path in ROOT.glob("pipelines/*/params.yaml"))}
+    expected |= {f"omrl/presets/{name}/{file}" for name in pipelines for file in ("params.yaml", "dvc.yaml")}
     assert {name for name in wheel if ".dist-info/" not in name} == expected
 
 

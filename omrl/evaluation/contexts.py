@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from omrl.algorithms.base import Algorithm, Belief, Draw, join_beliefs, map_belief
@@ -34,13 +35,13 @@ def draw_rows(
 
 
 def gather(
-    data: TaskData, drawn: Sequence[tuple[NDArray[np.int64], NDArray[np.bool_]]], algorithm: Algorithm
+    data: TaskData, drawn: Sequence[tuple[NDArray[np.int64], NDArray[np.bool_]]], device: torch.device
 ) -> Experience:
     """Return the experience of every task made of the drawn rows."""
     fields = data.take(np.stack([rows for rows, _ in drawn]))
     if drawn[0][0].ndim == 2:
         fields["valid"] = np.stack([valid for _, valid in drawn]).astype(np.float32)
-    return from_arrays(fields, algorithm.device)
+    return from_arrays(fields, device)
 
 
 def offline_context(
@@ -48,7 +49,7 @@ def offline_context(
 ) -> Experience:
     """Return a context of about so many transitions of every task, drawn as the method asks for it."""
     draw = algorithm.context_draw(transitions)
-    return gather(data, [draw_rows(data, i, draw, rng) for i, rng in enumerate(rngs)], algorithm)
+    return gather(data, [draw_rows(data, i, draw, rng) for i, rng in enumerate(rngs)], algorithm.device)
 
 
 def offline_belief(

@@ -120,7 +120,7 @@ def build_evaluation(
         buffers = buffers.with_columns(own)
     # no free name in the streams: arms of one table share their contexts
     stream = ("evaluate", config.protocol)
-    features = _features(data, buffers, family) if config.protocol == "ood-checkpoint" else None
+    features = reward_features(data, buffers, family) if config.protocol == "ood-checkpoint" else None
     run = Run(algorithm, family, buffers, tasks, settings, stream, seed, features)
     snapshots = sorted(model.glob(SNAPSHOTS))
     with Progress(1 + len(snapshots), f"evaluate {name} {train} on {test}, seed {seed}", "models") as progress:
@@ -191,7 +191,7 @@ def _diagnostics(run: Run, embeddings: NDArray[np.float32] | None, config: Evalu
     return found | {"tasks": len(training), "contexts": contexts}
 
 
-def _features(folder: Path, buffers: TaskData, family: Family) -> NDArray[np.float32]:
+def reward_features(folder: Path, buffers: TaskData, family: Family) -> NDArray[np.float32]:
     """Return what the reward function reads beside the buffers, [tasks, rows, width]."""
     if not family.feature_size:
         return np.zeros((len(buffers.tasks), buffers.rows, 0), dtype=np.float32)

@@ -67,6 +67,10 @@ class Experience:
         """Return the given tasks' steps, int64 [m]."""
         return replace(self._map(lambda x: x[places]), task=self.task[places])
 
+    def to(self, device: torch.device) -> Experience:
+        """Return it on another device."""
+        return replace(self._map(lambda x: x.to(device)), task=self.task.to(device))
+
     def flat(self) -> Experience:
         """Return windows or episodes as bags [tasks, n * t, ...]; bags as they are. ``valid`` tells the padding."""
         if self.reward.ndim == 2:

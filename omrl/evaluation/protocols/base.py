@@ -96,6 +96,7 @@ class Run:
         rngs: Sequence[np.random.Generator],
         explore: torch.Generator | None = None,
         before_step: Callable[[Belief, int], Belief] | None = None,
+        watch: Callable[[BatchEnv], None] | None = None,
     ) -> tuple[Episodes, Belief]:
         """Run one episode of every task at once; the method observes its own steps.
 
@@ -104,6 +105,7 @@ class Run:
             rngs: streams of random starts.
             explore: passed to ``act``.
             before_step: may replace the belief before each step.
+            watch: is shown the environment before each step.
 
         Returns:
             The episode, and the belief after it.
@@ -111,7 +113,11 @@ class Run:
         algorithm, now = self.algorithm, [belief]
         places = np.arange(len(self.tasks), dtype=np.int64)
 
+        env = self.family.batch([t["parameters"] for t in self.tasks], 1)
+
         def act(observation: Array, t: int) -> Array:
+            if watch is not None:
+                watch(env)
             if before_step is not None:
                 now[0] = before_step(now[0], t)
             action = algorithm.act(now[0], torch.from_numpy(observation).to(algorithm.device), explore)
@@ -128,7 +134,6 @@ class Run:
             now[0] = algorithm.observe(now[0], step)
 
         observing = type(algorithm).observe is not Algorithm.observe
-        env = self.family.batch([t["parameters"] for t in self.tasks], 1)
         ran = episodes(env, act, self.family.horizon, rngs, observe if observing else None)
         return ran, now[0]
 
