@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # a section's classes are imported when it is asked for
     from omrl.envs.base import Family
     from omrl.evaluation.evaluate import EvaluateConfig
     from omrl.evaluation.protocols.base import ProtocolConfig
+    from omrl.learning.online import OnlineConfig
     from omrl.learning.train import MetaTrainConfig
     from omrl.report import ReportConfig
 
@@ -42,7 +43,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Section = Literal[
     "repository", "env", "env_config", "tasks", "shards", "seed", "behavior", "rollouts", "dataset", "relabel",
-    "pairs", "algorithms", "meta_train", "seeds", "evaluate", "report",
+    "pairs", "algorithms", "meta_train", "seeds", "online", "evaluate", "report",
 ]  # fmt: skip
 C = TypeVar("C", bound=BaseModel)
 
@@ -94,6 +95,7 @@ class Cells(TypedDict):
     datasets: list[str]
     pairs: list[str]
     models: list[Model]
+    online: list[str]
     evaluations: list[Evaluation]
 
 
@@ -113,11 +115,12 @@ class _Top(Config):
     pairs: dict[str, dict[str, object]] = {}
     algorithms: dict[str, dict[str, object] | None]
     meta_train: dict[str, object]
+    online: dict[str, dict[str, object]] = {}
     evaluate: dict[str, object]
     seeds: Annotated[list[Seed], Field(min_length=1, max_length=MOST_CELLS)]
     report: dict[str, object] = {}
 
-    @field_validator("shards", "relabel", "pairs", "algorithms", mode="before")
+    @field_validator("shards", "relabel", "pairs", "algorithms", "online", mode="before")
     @classmethod
     def _names(cls, value: object) -> object:
         for name in value if isinstance(value, dict) else ():
@@ -281,6 +284,16 @@ class Experiment:
         return self._given("seeds")
 
     @cached_property
+    def online(self) -> dict[str, OnlineConfig]:
+        """How models learn on in the environment, by name."""
+        given = self._given("online")
+        if not given:
+            return {}  # without the import
+        from omrl.learning.online import OnlineConfig
+
+        return {k: parse(OnlineConfig, v, f"{self.path}: online.{k}") for k, v in given.items()}
+
+    @cached_property
     def evaluate(self) -> EvaluateConfig:
         """What every evaluation has: protocol and measurements."""
         return self._evaluate[0]
@@ -328,7 +341,7 @@ def check(path: str | Path = FILE) -> list[str]:
     """
     x = load(
         "repository", "env", "env_config", "tasks", "shards", "seed", "behavior", "rollouts", "dataset", "relabel",
-        "pairs", "algorithms", "meta_train", "seeds", "evaluate", "report", path=path,
+        "pairs", "algorithms", "meta_train", "seeds", "online", "evaluate", "report", path=path,
     )  # fmt: skip
     for section in _CHECKS:
         section(x)
@@ -547,10 +560,34 @@ def _check_devices(x: Experiment) -> None:
             )
 
 
+def _check_online(x: Experiment) -> None:
+    from omrl.algorithms.base import algorithm_module
+    from omrl.learning.online import Decoding
+
+    for name, entry in x.online.items():
+        key = f"{x.path}: online.{name}"
+        if name in x.algorithms:
+            raise UserError(f"{key}: the name is taken by algorithms.{name}")
+        if entry.algorithm not in x.algorithms:
+            options = suggest(entry.algorithm, x.algorithms)
+            raise UserError(f"{key}.algorithm = {shown(entry.algorithm)}: not one of algorithms; {options}")
+        file = x.algorithms[entry.algorithm].file
+        module = algorithm_module(file, f"{x.path}: algorithms.{entry.algorithm}.algorithm: ")
+        if entry.label == "decoded" and not issubclass(module.ALGORITHM, Decoding):
+            raise UserError(f"{key}.label = decoded: '{file}' has no decoder of rewards; expected simulator, or smac")
+        if entry.label == "decoded" and x.family.inference_reward == "sparse":
+            raise UserError(
+                f"{key}.label = decoded: inference sees the sparse reward of '{x.env}' and the decoder tells the dense "
+                "one; expected simulator, or a family with one reward for both"
+            )
+        if wrong := module.ALGORITHM.check_online(entry.tasks):
+            raise UserError(f"{key}.{wrong}")
+
+
 def _check_cells(x: Experiment) -> None:
     models = len(x.algorithms) * len(x.dataset.train) * len(x.seeds)
     sets = len(x.dataset.levels) + len(x.relabel) + len(x.pairs)
-    count = 2 * len(x.shards) + sets + models * (1 + len(x.dataset.test))
+    count = 2 * len(x.shards) + sets + models * (1 + len(x.dataset.test)) + 2 * len(x.online)
     if count > MOST_CELLS:
         raise UserError(f"{x.path}: asks for {count} cells: expected at most {MOST_CELLS}; use fewer seeds or datasets")
 
@@ -558,13 +595,13 @@ def _check_cells(x: Experiment) -> None:
 _CHECKS: tuple[Callable[[Experiment], None], ...] = (
     _check_tasks, _check_shards, _check_rollouts, _check_levels, _check_horizon, _check_relabel, _check_pairs,
     _check_datasets,
-    _check_evaluate, _check_seeds, _check_algorithms, _check_cells, _check_devices, _check_plugins,
+    _check_evaluate, _check_seeds, _check_algorithms, _check_online, _check_cells, _check_devices, _check_plugins,
 )  # fmt: skip
 
 
 def cells(path: str | Path = FILE) -> Cells:
     """Return what params.yaml asks for: evaluations, models, datasets and shards, in the file's order."""
-    return _cells(load("shards", "dataset", "relabel", "pairs", "algorithms", "seeds", path=path))
+    return _cells(load("shards", "dataset", "relabel", "pairs", "algorithms", "seeds", "online", path=path))
 
 
 def _cells(x: Experiment) -> Cells:
@@ -574,13 +611,19 @@ def _cells(x: Experiment) -> Cells:
         for train in x.dataset.train
         for seed in x.seeds
     ]
+    further = [Model(algorithm=name, train=train, seed=seed) for name, train, seed in _online_models(x)]
     return Cells(
         shards=x.shards,
         datasets=[*x.dataset.levels, *x.relabel],
         pairs=list(x.pairs),
         models=models,
-        evaluations=[Evaluation(**model, test=test) for model in models for test in x.dataset.test],
+        online=list(x.online),
+        evaluations=[Evaluation(**model, test=test) for model in [*models, *further] for test in x.dataset.test],
     )
+
+
+def _online_models(x: Experiment) -> list[tuple[str, str, int]]:
+    return [(name, train, seed) for name in x.online for train in x.dataset.train for seed in x.seeds]
 
 
 def _names(x: Experiment) -> list[str]:
@@ -593,4 +636,5 @@ def _names(x: Experiment) -> list[str]:
         *(f"pair@{name}" for name in x.pairs),
         *(f"meta_train@{a}-{train}-{seed}" for a, train, seed in models),
         *(f"evaluate@{a}-{train}-{test}-{seed}" for a, train, seed in models for test in x.dataset.test),
+        *(f"{stage}@{name}" for stage in ("online", "evaluate_online") for name in x.online),
     ]

@@ -39,7 +39,10 @@ def main() -> None:
     prune(layout.DATA / "behavior", {layout.behavior(shard) for shard in plan["shards"]})
     prune(layout.DATA / "rollouts", {layout.rollouts(shard) for shard in plan["shards"]})
     prune(layout.DATA / "datasets", {layout.datasets(name) for name in [*plan["datasets"], *plan["pairs"]]})
-    prune(layout.DATA / "evaluations", {layout.evaluations(**cell) for cell in plan["evaluations"]})
+    prune(layout.MODELS, {layout.models(**cell) for cell in plan["models"]})
+    prune(layout.ONLINE, {layout.online(name) for name in plan["online"]})
+    own = {layout.evaluations(**cell) for cell in plan["evaluations"] if cell["algorithm"] not in plan["online"]}
+    prune(layout.DATA / "evaluations", own | {layout.evaluated_online(name) for name in plan["online"]})
     contents = {"shards.json": {"shards": plan["shards"]}, "cells.json": plan, "checked.json": {"sound": True}}
     folder = layout.DATA / "plan"
     for name, content in contents.items():

@@ -116,6 +116,8 @@ def test_every_stage_has_a_description_and_depends_on_its_fingerprint(stage):
         ("relabel", layout.datasets("${key}")),
         ("meta_train", layout.models("${item.algorithm}", "${item.dataset}", "${item.seed}")),
         ("evaluate", layout.evaluations("${item.algorithm}", "${item.train}", "${item.test}", "${item.seed}")),
+        ("online", layout.online("${key}")),
+        ("evaluate_online", layout.evaluated_online("${key}")),
         ("code", layout.CODE),
         ("tasks", layout.TASKS.parent),
     ],

@@ -52,7 +52,7 @@ def test_the_params_of_the_project_are_sound(file):
     datasets = asked["dataset"]
     models = len(asked["algorithms"]) * len(datasets["train"]) * len(asked["seeds"])
     data = 2 * len(asked["shards"]) + len(datasets["levels"]) + len(asked["relabel"]) + len(asked["pairs"])
-    assert len(cells) == data + models * (1 + len(datasets["test"]))
+    assert len(cells) == data + models * (1 + len(datasets["test"])) + 2 * len(asked["online"])
     assert sum(cell.startswith("evaluate@") for cell in cells) == models * len(datasets["test"])
 
 
@@ -106,6 +106,11 @@ def test_the_cells_are_those_of_the_graph():
         ("algorithms/focal", {"laten_dim": 5}, r"algorithms\.focal\.laten_dim: unknown key; did you mean"),
         ("algorithms/mbml", {"tasks": 99, "bcq_steps": 0}, r"algorithms\.mbml\.tasks = 99: expected tasks\.train = \d"),
         ("algorithms/m", {"algorithm": "mbml", "tasks": 20, "bcq_steps": 10**9}, r"\.m\.bcq_steps = 10+: expected"),
+        ("online/focal", {"algorithm": "focal"}, r"online\.focal: the name is taken by algorithms\.focal"),
+        ("online/on", {"algorithm": "fokal"}, r"online\.on\.algorithm = 'fokal': not one of algorithms; did you mean"),
+        ("online/on", {"algorithm": "focal", "label": "decoded"}, r"online\.on\.label = decoded: 'focal' has no decod"),
+        ("online/on", {"algorithm": "focal", "episodes": 1}, r"online\.on: prior_episodes = 2: expected at most epis"),
+        ("online/on", {"algorithm": "focal", "prior_episodes": 0}, r"posterior = own with prior_episodes = 0"),
         ("meta_train/steps", 0, r"meta_train\.steps = 0: expected greater than or equal to 1"),
         ("seeds", [], r"seeds = \[\]: expected"),
         ("seeds", [0, 0], r"seeds = \[0, 0\]: expected each seed once"),

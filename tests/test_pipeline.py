@@ -7,7 +7,7 @@ import json
 import pandas as pd
 import pytest
 import yaml
-from conftest import clone
+from conftest import SMOKE, clone
 
 pytestmark = pytest.mark.e2e
 
@@ -111,3 +111,24 @@ def test_a_typo_stops_before_any_work(project):
     assert done.returncode != 0
     assert "params.yaml: meta_train.setps: unknown key; did you mean 'steps'?" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_model_that_learned_on_is_evaluated_reported_and_traced(project):
+    project.edit_params("online: {}", "online:\n  on: { algorithm: focal, rounds: 2, updates: 10, keep: 1 }\n#")
+    executed = project.repro().executed
+    assert executed == {"plan", "online@on", "evaluate_online@on", "report"}
+    metrics = json.loads((project.smoke / "reports/metrics.json").read_text())
+    assert set(metrics["on"]) == {"expert", "relabelled"}
+    text = project.omrl("lineage", "on/expert/expert", "--pipeline", SMOKE).stdout
+    cells = [line.strip("│ ").strip() for line in text.splitlines()]
+    order = [cells.index(f"{c}") for c in ("evaluate_online@on", "online@on", "meta_train@focal-expert-0")]
+    assert order == sorted(order)
+    assert "behavior@000-003" in cells
+    row = project.omrl("lineage", "data/online/on/expert/0/collected=001.parquet:3", "--pipeline", SMOKE).stdout
+    assert "collected in round 1, after 10 further updates of data/models/focal/expert/0; reward: simulator" in row
+    assert project.repro().nothing
+    project.edit_params("rounds: 2", "rounds: 1")
+    assert project.repro().executed == {"plan", "online@on", "evaluate_online@on", "report"}
+    project.edit_params("online:\n  on: { algorithm: focal, rounds: 1, updates: 10, keep: 1 }\n#", "online: {}")
+    assert project.repro().executed == {"plan"}
+    assert not (project.smoke / "data/online/on").exists()

@@ -142,6 +142,11 @@ class Algorithm(abc.ABC):
         """Return what in ``config`` does not fit spec and updates, as 'key = value: expected ...'; None if all fits."""
         return None
 
+    @classmethod
+    def check_online(cls, tasks: str) -> str | None:
+        """Return why the method cannot learn on with the ``train`` or ``test`` tasks, 'tasks = ...'; None if it can."""
+        return None
+
     # --- training ----------------------------------------------------------------------------------------------
 
     def columns(self, data: TaskData) -> Mapping[str, NDArray[np.float32]]:
@@ -183,6 +188,10 @@ class Algorithm(abc.ABC):
     @abc.abstractmethod
     def adapt(self, belief: Belief, context: Experience) -> Belief:
         """Return the belief after a bag of experience, [tasks, n, ...]."""
+
+    def sample(self, belief: Belief, rng: torch.Generator) -> Belief:
+        """Return a belief without doubt, drawn from one with; the belief itself where the method has no doubt."""
+        return belief
 
     def observe(self, belief: Belief, step: Experience) -> Belief:
         """Return the belief after one more step of one's own, [tasks, 1, ...]; most methods keep theirs."""
@@ -299,12 +308,60 @@ class ContextAlgorithm(Algorithm):
         return self.infer(context)
 
     def act(self, belief: Belief, observation: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """Return the deterministic action given z."""
-        return self.actions(observation.unsqueeze(1), belief).squeeze(1)
+        """Return the action given z: the deterministic one, or one to explore with where ``rng`` is given."""
+        rows = observation.unsqueeze(1)
+        return (self.actions(rows, belief) if rng is None else self.explore(rows, belief, rng)).squeeze(1)
+
+    def explore(self, observation: Tensor, z: Tensor, rng: torch.Generator) -> Tensor:
+        """Return actions to explore with, as ``actions``; the deterministic ones by default."""
+        return self.actions(observation, z)
 
     def embedding(self, belief: Belief) -> Tensor | None:
         """Return z."""
         z: Tensor = belief
+        return z
+
+
+class PosteriorAlgorithm(ContextAlgorithm):
+    """A method that believes in a Gaussian over z: ``{"z": mean, "variance": variance}``, each [tasks, latent].
+
+    It acts on the mean; ``sample`` draws a z, whose variance is 0.
+    """
+
+    @abc.abstractmethod
+    def posterior(self, context: Experience) -> tuple[Tensor, Tensor]:
+        """Return mean and variance [tasks, latent] of z given a context."""
+
+    def infer(self, context: Experience) -> Tensor:
+        """Return the posterior's mean."""
+        with torch.no_grad():
+            return self.posterior(context)[0]
+
+    def prior(self, tasks: int, rng: torch.Generator | None = None) -> Belief:
+        """Return N(0, I), or with ``rng`` a z drawn from it."""
+        zero = torch.zeros(tasks, self.latent, device=self.device)
+        belief = {"z": zero, "variance": torch.ones_like(zero)}
+        return belief if rng is None else self.sample(belief, rng)
+
+    def adapt(self, belief: Belief, context: Experience) -> Belief:
+        """Return the posterior of the context; what was believed before does not count."""
+        with torch.no_grad():
+            z, variance = self.posterior(context)
+        return {"z": z, "variance": variance}
+
+    def sample(self, belief: Belief, rng: torch.Generator) -> Belief:
+        """Return a z drawn from the belief."""
+        noise = torch.randn(belief["z"].shape, generator=rng).to(self.device)
+        z = belief["z"] + belief["variance"].sqrt() * noise
+        return {"z": z, "variance": torch.zeros_like(z)}
+
+    def act(self, belief: Belief, observation: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """Return the action given the mean, or the drawn z."""
+        return super().act(belief["z"], observation, rng)
+
+    def embedding(self, belief: Belief) -> Tensor | None:
+        """Return the mean, or the drawn z."""
+        z: Tensor = belief["z"]
         return z
 
 

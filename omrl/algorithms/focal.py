@@ -55,7 +55,7 @@ from torch import Tensor
 
 from omrl.algorithms.base import ContextAlgorithm, Draw, Phase, Spec
 from omrl.data.taskdata import TaskData
-from omrl.nets.actor_critic import ActorCritic, ActorCriticConfig, EncoderStep, adam
+from omrl.nets.actor_critic import ActorCritic, ActorCriticConfig, EncoderStep, adam, join
 from omrl.nets.encoders import DeterministicEncoder, ProbabilisticEncoder, gaussian_kl
 from omrl.nets.experience import Experience
 
@@ -250,6 +250,13 @@ class Focal(ContextAlgorithm):
         wide = z.unsqueeze(1).expand(tasks, n, z.shape[-1])
         mean, _ = self.actor_critic.policy(torch.cat([observation, wide], dim=-1).reshape(tasks * n, -1))
         return torch.tanh(mean).view(tasks, n, -1)
+
+    @torch.no_grad()
+    def explore(self, observation: Tensor, z: Tensor, rng: torch.Generator) -> Tensor:
+        """Return actions sampled from the policy, [tasks, n, action]."""
+        tasks, n, _ = observation.shape
+        noise = torch.randn(tasks * n, self.spec.action, generator=rng).to(self.device)
+        return self.actor_critic.policy.sample(join(observation, z), noise)[0].view(tasks, n, -1)
 
     def modules(self) -> dict[str, torch.nn.Module]:
         """Return encoder and actor-critic."""

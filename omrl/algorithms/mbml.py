@@ -377,6 +377,11 @@ class Mbml(ContextAlgorithm):
         }  # fmt: skip
 
     @classmethod
+    def check_online(cls, tasks: str) -> str | None:
+        """Refuse other tasks than those that it has models of."""
+        return None if tasks == "train" else f"tasks = {tasks}: mbml has models of the training tasks; expected train"
+
+    @classmethod
     def check(cls, config: MbmlConfig, spec: Spec, steps: int) -> str | None:
         """Return what does not fit: another number of tasks, or no steps left for the student."""
         if config.tasks != spec.tasks:

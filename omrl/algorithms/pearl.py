@@ -20,8 +20,9 @@ Where this and PEARL's released code differ:
 what                  PEARL's released code                             here
 ====================  ================================================  ==============================================
 data                  its own, recent prior-driven rows as context      the dataset's, for context and RL alike
-z in tests            a sample of the posterior                         the posterior's mean
-exploring z           a sample of N(0, I)                               ``online-prior``: a random training task's
+z in tests            a sample of the posterior                         the posterior's mean; ``posterior: episode``
+exploring z           a sample of N(0, I)                               ``online-prior``: a random training task's;
+                                                                        ``prior: own`` for a sample of N(0, I)
 gamma, reward_scale   0.99, 5; sparse points 0.9, 100                   0.9, 100 (FOCAL's, for sparse points)
 kl_weight             0.1; sparse points and Ant-Goal 1                 0.1
 context_batch         64 (points), 100, 256; sparse points 1024         256
@@ -48,11 +49,13 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from omrl.algorithms.base import Spec
+from omrl.algorithms.base import PosteriorAlgorithm, Spec
 from omrl.algorithms.focal import Focal, FocalConfig
 from omrl.nets.actor_critic import adam
 from omrl.nets.encoders import ProbabilisticEncoder
+from omrl.nets.experience import Experience
 
 
 class PearlConfig(FocalConfig):
@@ -88,7 +91,7 @@ class PearlConfig(FocalConfig):
         return self
 
 
-class Pearl(Focal):
+class Pearl(PosteriorAlgorithm, Focal):
     """See the module's docstring."""
 
     CONFIG = PearlConfig
@@ -101,6 +104,11 @@ class Pearl(Focal):
             self.device
         )
         self.encoder_optimizer = adam(self.encoder.parameters(), config.encoder_rate)
+
+    def posterior(self, context: Experience) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of z given a context."""
+        mean, variance = self.encoder(self.rows(context))
+        return mean, variance
 
 
 CONFIG = PearlConfig

@@ -14,6 +14,7 @@ SHARDS = DATA / "plan/shards.json"  # the shards alone
 TASKS = DATA / "tasks/all.json"  # every task, with the split
 CODE = DATA / "code"
 ORIGINS = "origins.json"  # in it: package, version and file of plug-ins
+MODELS, ONLINE = DATA / "models", DATA / "online"
 
 
 def code(kind: Literal["stages", "engines", "envs", "algorithms"], name: str) -> Path:
@@ -43,7 +44,17 @@ def datasets(name: str) -> Path:
 
 def models(algorithm: str, train: str, seed: int) -> Path:
     """Return the folder of a meta-trained model."""
-    return DATA / "models" / algorithm / train / str(seed)
+    return MODELS / algorithm / train / str(seed)
+
+
+def online(name: str) -> Path:
+    """Return the folder of an entry of section ``online``: <train>/<seed>/ below it are models."""
+    return ONLINE / name
+
+
+def evaluated_online(name: str) -> Path:
+    """Return the folder of all evaluations of an entry of section ``online``."""
+    return DATA / "evaluations" / name
 
 
 def evaluations(algorithm: str, train: str, test: str, seed: int) -> Path:

@@ -2,6 +2,8 @@
 
 ``(source_task, checkpoint, episode, step)`` identifies a physical transition for ever; after relabelling,
 ``task`` says whose reward the row carries and ``source_task`` whose policy and dynamics produced it.
+
+What a model collected while it learned on has one more column, ``reward_source``: where the row's reward is from.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ TYPES: dict[str, Any] = {
     "truncated": np.bool_,
     "reward_features": np.float32,
 }
+SOURCE = "reward_source"  # the optional last column, text
+SOURCES = ("simulator", "decoded", "hidden")  # the true reward; a model's guess; nobody's: NaN
 
 
 def to_table(columns: Mapping[str, NDArray[Any]]) -> pa.Table:
@@ -42,8 +46,8 @@ def to_table(columns: Mapping[str, NDArray[Any]]) -> pa.Table:
     Raises:
         ValueError: a column is missing, unknown, of the wrong type or length.
     """
-    if set(columns) != set(TYPES):
-        wrong = sorted(set(columns) ^ set(TYPES))
+    if set(columns) - {SOURCE} != set(TYPES):
+        wrong = sorted((set(columns) - {SOURCE}) ^ set(TYPES))
         raise ValueError(f"columns {wrong} are missing or unknown")
     rows = len(columns["task"])
     arrays, fields = [], []
@@ -64,14 +68,25 @@ def to_table(columns: Mapping[str, NDArray[Any]]) -> pa.Table:
             array = pa.array(values)
         arrays.append(array)
         fields.append(pa.field(name, array.type, nullable=False))
+    if SOURCE in columns:
+        sources = columns[SOURCE].tolist()
+        if len(sources) != rows or not set(sources) <= set(SOURCES):
+            raise ValueError(f"column {SOURCE}: expected one of {', '.join(SOURCES)} for each of {rows} rows")
+        arrays.append(pa.array(sources, pa.string()))
+        fields.append(pa.field(SOURCE, pa.string(), nullable=False))
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
 
 def check(schema: pa.Schema) -> None:
     """Raise ValueError unless ``schema`` is that of a file of transitions."""
-    if list(schema.names) != list(TYPES):
-        raise ValueError(f"columns {sorted(set(schema.names) ^ set(TYPES))} are missing, unknown or out of order")
+    if list(schema.names) not in (list(TYPES), [*TYPES, SOURCE]):
+        wrong = sorted((set(schema.names) - {SOURCE}) ^ set(TYPES))
+        raise ValueError(f"columns {wrong} are missing, unknown or out of order")
     for field in schema:
+        if field.name == SOURCE:
+            if field.type != pa.string():
+                raise ValueError(f"column {SOURCE} is {field.type}")
+            continue
         kind = field.type
         if field.name in VECTORS:
             if not (pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind)):

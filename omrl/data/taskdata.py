@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from omrl.core.errors import UserError
 from omrl.data.parquet import read_transitions, verified
+from omrl.data.schema import Columns
 
 _COLUMNS = ["observation", "action", "reward", "sparse_reward", "next_observation", "terminated", "truncated"]
 _ORDERED = ["source_task", "checkpoint", "episode", "step"]
@@ -138,6 +139,38 @@ class TaskData:
             inference=inference,
             table=table,
         )
+
+    @classmethod
+    def of_columns(
+        cls,
+        tasks: Sequence[int],
+        columns: Sequence[Columns],
+        inference: Literal["dense", "sparse"],
+        time_limit_terminal: bool = False,
+    ) -> TaskData:
+        """Return the data of every task's columns (``omrl.data.schema``), the same number of rows of each."""
+        terminal = [c["terminated"] | c["truncated"] if time_limit_terminal else c["terminated"] for c in columns]
+        bounds = [episode_bounds(*(c[name] for name in _ORDERED)) for c in columns]
+        names = ("observation", "action", "reward", "next_observation", "sparse_reward", "checkpoint", "step")
+        stacked: dict[str, Any] = {name: np.stack([c[name] for c in columns]) for name in names}
+        return cls(
+            tuple(tasks),
+            **stacked,
+            terminal=np.stack(terminal).astype(np.float32),
+            start=np.stack([start for start, _ in bounds]),
+            end=np.stack([end for _, end in bounds]),
+            inference=inference,
+        )
+
+    def followed_by(self, more: TaskData) -> TaskData:
+        """Return the data of the same tasks with further rows behind them; columns of a method are left out."""
+        names = (*ORDER, "checkpoint", "step")
+        joined: dict[str, Any] = {
+            name: np.concatenate([getattr(self, name), getattr(more, name)], axis=1) for name in names
+        }
+        for name in ("start", "end"):
+            joined[name] = np.concatenate([getattr(self, name), getattr(more, name) + self.rows], axis=1)
+        return replace(self, **joined, extra=None, table=None)
 
     @classmethod
     def of_bags(

@@ -70,7 +70,7 @@ def experience_of(
     names = ("observation", "action", "reward", "next_observation")
     fields = {name: stack(name) for name in names} | {"terminal": stack("terminated"), "valid": stack("valid")}
     fields["signal"] = fields["reward"] if inference == "dense" else stack("sparse_reward")
-    fields["step"] = np.broadcast_to(np.arange(fields["reward"].shape[-1]), fields["reward"].shape)
+    fields["step"] = np.zeros_like(fields["reward"]) + np.arange(fields["reward"].shape[-1], dtype=np.float32)
     return from_arrays(fields, algorithm.device)
 
 

@@ -120,15 +120,18 @@ def _hash(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _save_state(path: Path, algorithm: Algorithm, sampler: Sampler, at: Position) -> None:
-    tensors = algorithm.training_state() | {"generator/sampler": sampler.generator.get_state()}
+def save_state(path: Path, algorithm: Algorithm, sampler: Sampler | None, at: Position) -> None:
+    """Write everything from which training goes on; without a sampler, at a place where a new one begins."""
+    tensors = algorithm.training_state()
+    if sampler is not None:
+        tensors["generator/sampler"] = sampler.generator.get_state()
     tensors |= {f"snapshot/{step}/{k}": v for step, state in at.snapshots.items() for k, v in state.items()}
     about = json.dumps({"step": at.step, "rows": at.curve.rows, "sha256": _hash(tensors)})
     with atomic_path(path) as temporary:
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary, {"about": about})
 
 
-def _load_state(path: Path, algorithm: Algorithm, sampler: Sampler) -> Position:
+def load_state(path: Path, algorithm: Algorithm, sampler: Sampler | None) -> Position:
     """Return the position that the saved state stands at; the start without one, or with a damaged one."""
     at = Position()
     try:
@@ -138,12 +141,14 @@ def _load_state(path: Path, algorithm: Algorithm, sampler: Sampler) -> Position:
     except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
         return at
     whole = about.get("sha256") == _hash(tensors)
-    if not whole or not tensors.keys() >= {*algorithm.training_state(), "generator/sampler"}:
+    own = () if sampler is None else ("generator/sampler",)
+    if not whole or not tensors.keys() >= {*algorithm.training_state(), *own}:
         return at
     for key in [key for key in tensors if key.startswith("snapshot/")]:
         _, step, name = key.split("/", 2)
         at.snapshots.setdefault(int(step), {})[name] = tensors.pop(key)
-    sampler.generator.set_state(tensors.pop("generator/sampler"))
+    if sampler is not None:
+        sampler.generator.set_state(tensors.pop("generator/sampler"))
     algorithm.load_training_state(tensors)
     at.curve.rows, at.step = about["rows"], int(about["step"])
     return at
@@ -195,7 +200,7 @@ def train(
     phases = algorithm.phases(config.steps) if phases is None else phases
     total = sum(phase.steps for phase in phases)
     kept = set(snapshot_steps(total, config.keep))
-    at = _load_state(state, algorithm, sampler)
+    at = load_state(state, algorithm, sampler)
     saved = shown = at.step
     with Progress(total, description, "steps") as progress:
         if at.step:
@@ -219,7 +224,7 @@ def train(
                 shown = step
                 _refuse_divergence(means, step, description)
                 if step - saved >= config.checkpoint_every:
-                    _save_state(state, algorithm, sampler, at)
+                    save_state(state, algorithm, sampler, at)
                     saved = step
             first = last
     return at

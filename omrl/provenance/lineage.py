@@ -152,16 +152,22 @@ def _number(pipeline: Pipeline, keys: list[str]) -> tuple[dict[str, Any], list[O
             raise UserError(f"'{name}': no '{key}' in {'/'.join(place) or 'the report'}; {options}")
         value, place = value[key], [*place, key]
     prefix = "data/evaluations/" + "/".join(keys[:3])
-    found = [out for out in pipeline.outputs() if out.path.startswith(prefix + "/")]
+    together = [out for out in pipeline.outputs() if out.path == f"data/evaluations/{keys[0]}"]  # of an online entry
+    found = together or [out for out in pipeline.outputs() if out.path.startswith(prefix + "/")]
     found.sort(key=lambda out: (len(out.path), out.path))  # by seed; dvc.lock has the order in which they were built
+    folders = [out.path for out in found]
+    if together:
+        seeds = sorted((path.name for path in (pipeline.folder / prefix).glob("[0-9]*")), key=int)
+        folders = [f"{prefix}/{name}" for name in seeds]
     if seed:
-        found = [out for out in found if out.path == f"{prefix}/{seed}"]
-    if not found:
+        folders = [path for path in folders if path == f"{prefix}/{seed}"]
+        found = together or [out for out in found if out.path in folders]
+    if not folders:
         raise UserError(f"'{name}': no evaluation of that name in {pipeline.folder}/dvc.lock")
     problems, means = [], {}
-    for out in found:
+    for path in folders:
         try:
-            means[out.path.rpartition("/")[2]] = _mean(pipeline.folder / out.path / "episodes.parquet")
+            means[path.rpartition("/")[2]] = _mean(pipeline.folder / path / "episodes.parquet")
         except UserError as error:
             problems.append(str(error))
     mean = value if keys[3:] == ["mean"] else value.get("mean") if isinstance(value, dict) else None
@@ -183,7 +189,7 @@ def _number(pipeline: Pipeline, keys: list[str]) -> tuple[dict[str, Any], list[O
     return {
         "kind": "number",
         "value": value,
-        "evaluations": [out.path for out in found],
+        "evaluations": folders,
         "seed_means": means,
         "problems": problems,
     }, found
@@ -227,6 +233,8 @@ def _row(pipeline: Pipeline, path: str, row: int) -> dict[str, Any]:
     facts: dict[str, Any] = {"kind": "row", "path": path, "row": row}
     facts |= {name: values[row].item() for name, values in columns.items()}
     source, step = facts["source_task"], facts["checkpoint"]
+    if path.startswith("data/online/"):
+        return facts | _collected(full, row)
     shards = read_json(pipeline.folder / "data/plan/shards.json")["shards"]
     shard = next((name for name, (first, last) in shards.items() if first <= source <= last), None)
     if shard is None:
@@ -244,6 +252,19 @@ def _row(pipeline: Pipeline, path: str, row: int) -> dict[str, Any]:
             f"{pipeline.folder / rollouts} has {len(facts['rollout']['rows'])} rows of this transition, expected one"
         )
     return facts
+
+
+def _collected(path: Path, row: int) -> dict[str, Any]:
+    """Return whose reward a row of a model's own steps carries, and which model it learned on from."""
+    manifest = read_manifest(path.parent)
+    models = [name for name in manifest["inputs"] if name.startswith("data/models/")]
+    recorded = manifest["files"].get(path.name, {}).get("sha256")
+    return {
+        "reward_source": read_table(path, ["reward_source"]).column("reward_source")[row].as_py(),
+        "round": read_footer(path)["round"],
+        "model": models[0],
+        "problems": [] if sha256(path) == recorded else [f"{path} is modified: its SHA-256 is not the recorded one"],
+    }
 
 
 def _run(pipeline: Pipeline, shard: str, task: int, step: int, recorded: str | None) -> dict[str, Any]:
@@ -316,8 +337,14 @@ def tree(result: dict[str, Any]) -> str:
             f"{facts['episode']}, step {facts['step']}, "
             f"{'mean' if facts['deterministic'] else 'sampled'} action"
         )
-        rollout = facts["rollout"]
-        lines.append(f"  rolled out in {rollout['path']}, row {', '.join(map(str, rollout['rows']))}")
+        if "rollout" in facts:
+            rollout = facts["rollout"]
+            lines.append(f"  rolled out in {rollout['path']}, row {', '.join(map(str, rollout['rows']))}")
+        else:
+            lines.append(
+                f"  collected in round {facts['round']}, after {facts['checkpoint']} further updates of "
+                f"{facts['model']}; reward: {facts['reward_source']}"
+            )
     if "checkpoint_file" in facts:
         checkpoint, run = facts["checkpoint_file"], facts["sb3_run"]
         agreement = "as recorded" if checkpoint["sha256"] == checkpoint["recorded"] else "NOT as recorded"

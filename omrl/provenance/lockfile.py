@@ -18,6 +18,7 @@ from omrl.core.errors import UserError
 from omrl.core.yamlfile import Loader
 
 LOCK = "dvc.lock"
+_SECTIONS = {"relabel": "relabel", "pair": "pairs"}  # stage -> section
 _IGNORED = ("__pycache__", ".scratch", ".gitignore")
 
 
@@ -145,6 +146,8 @@ class Pipeline:
             plan = json.loads((self.folder / "data/plan/cells.json").read_text())
             paths = {f"data/{kind}/{shard}" for kind in ("behavior", "rollouts") for shard in plan["shards"]}
             paths |= {f"data/datasets/{name}" for name in [*plan["datasets"], *plan.get("pairs", [])]}
+            online = plan.get("online", [])
+            paths |= {f"data/{kind}/{name}" for kind in ("online", "evaluations") for name in online}
             paths |= {f"data/models/{m['algorithm']}/{m['train']}/{m['seed']}" for m in plan["models"]}
             return paths | {
                 f"data/evaluations/{e['algorithm']}/{e['train']}/{e['test']}/{e['seed']}" for e in plan["evaluations"]
@@ -180,13 +183,14 @@ class Pipeline:
 
     def current(self, output: Output) -> bool:
         """Does params.yaml still ask for this output? (dvc.lock keeps cells of earlier choices.)"""
-        cells = ("data/behavior/", "data/rollouts/", "data/datasets/", "data/models/", "data/evaluations/")
+        kinds = ("behavior", "rollouts", "datasets", "models", "online", "evaluations")
+        cells = tuple(f"data/{kind}/" for kind in kinds)
         if self.wanted is None or not output.path.startswith(cells):
             return True
         if output.path.startswith("data/datasets/") and "plan" in self.stages:
             # a name can have been a level and be a relabelled set now, or the other way round: same path, two stages
-            relabelled = self.stages["plan"].params.get("relabel") or {}
-            kind = "relabel" if output.path.removeprefix("data/datasets/") in relabelled else "dataset"
+            params, name = self.stages["plan"].params, output.path.removeprefix("data/datasets/")
+            kind = next((k for k in ("relabel", "pair") if name in (params.get(_SECTIONS[k]) or {})), "dataset")
             return output.path in self.wanted and output.stage.partition("@")[0] == kind
         return output.path in self.wanted
 

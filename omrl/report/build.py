@@ -277,7 +277,7 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
             "seed": e.seed,
             "mean": next(r for r in rows if r.cell == e.cell).seed_means[e.seed],
             "evaluation": by_folder[e.folder.as_posix()]["manifest"],
-            "model": by_folder[e.folder.as_posix()]["inputs"][layout.models(e.algorithm, e.train, e.seed).as_posix()],
+            "model": _model_hash(by_folder[e.folder.as_posix()]["inputs"]),
             "data": by_folder.get(layout.datasets(e.train).as_posix(), {}).get("manifest", ""),
         }
         for e in evaluations
@@ -297,6 +297,12 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
         chain=page.chain_table(links),
     )
     write_text(target / "index.html", html)
+
+
+def _model_hash(inputs: dict[str, str]) -> str:
+    """Return the hash of the model among an evaluation's inputs."""
+    roots = (f"{layout.MODELS.as_posix()}/", f"{layout.ONLINE.as_posix()}/")
+    return next(digest for path, digest in inputs.items() if path.startswith(roots))
 
 
 def _definition(card: dict[str, Any]) -> str:

@@ -78,6 +78,7 @@ def read_graph(folder: Path) -> Graph:
     sections = {"meta_train": params.meta_train, "evaluate": params.evaluate}
     defaults = {"meta_train": 2, "evaluate": 1}
     threads = {name: int(str(section.get("threads", defaults[name]))) for name, section in sections.items()}
+    threads |= {"online": threads["meta_train"], "evaluate_online": threads["evaluate"]}
     return Graph(reads, reasons, threads)
 
 

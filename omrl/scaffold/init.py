@@ -42,8 +42,8 @@ cache. The code is the installed package `omrl`; its fingerprints, and those of 
 `dvc repro`, so that cells run again whose code has changed, and no others.
 {plugin}{git}"""
 PLUGIN = """
-`{package}/method.py` is a method of your own, which `params.yaml` has under the name `{name}`. It works as it is; change
-it, then `python -m pytest tests` and `dvc repro`: its cells run again, and no others.
+`{package}/method.py` is a method of your own, which `params.yaml` has under the name `{name}`. It works as it is;
+change it, then `python -m pytest tests` and `dvc repro`: its cells run again, and no others.
 """
 GIT = """
 This folder was made outside a git repository, so DVC was told to do without (`.dvc/config.local`). After `git init`,

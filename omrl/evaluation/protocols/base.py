@@ -16,7 +16,7 @@ from omrl.algorithms.base import Algorithm, Belief
 from omrl.core import registry, seeding
 from omrl.core.config import Config
 from omrl.data.taskdata import TaskData
-from omrl.envs.base import Array, Family, StepResult
+from omrl.envs.base import Array, BatchEnv, Family, StepResult
 from omrl.envs.simulate import Episodes, episodes
 from omrl.nets.experience import from_arrays
 
@@ -96,7 +96,7 @@ class Run:
         rngs: Sequence[np.random.Generator],
         explore: torch.Generator | None = None,
         before_step: Callable[[Belief, int], Belief] | None = None,
-        watch: Callable[[BatchEnv], None] | None = None,
+        env: BatchEnv | None = None,
     ) -> tuple[Episodes, Belief]:
         """Run one episode of every task at once; the method observes its own steps.
 
@@ -105,7 +105,7 @@ class Run:
             rngs: streams of random starts.
             explore: passed to ``act``.
             before_step: may replace the belief before each step.
-            watch: is shown the environment before each step.
+            env: in place of the family's own.
 
         Returns:
             The episode, and the belief after it.
@@ -113,11 +113,7 @@ class Run:
         algorithm, now = self.algorithm, [belief]
         places = np.arange(len(self.tasks), dtype=np.int64)
 
-        env = self.family.batch([t["parameters"] for t in self.tasks], 1)
-
         def act(observation: Array, t: int) -> Array:
-            if watch is not None:
-                watch(env)
             if before_step is not None:
                 now[0] = before_step(now[0], t)
             action = algorithm.act(now[0], torch.from_numpy(observation).to(algorithm.device), explore)
@@ -134,6 +130,7 @@ class Run:
             now[0] = algorithm.observe(now[0], step)
 
         observing = type(algorithm).observe is not Algorithm.observe
+        env = self.family.batch([t["parameters"] for t in self.tasks], 1) if env is None else env
         ran = episodes(env, act, self.family.horizon, rngs, observe if observing else None)
         return ran, now[0]
 

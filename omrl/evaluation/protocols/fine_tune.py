@@ -87,7 +87,7 @@ class Learner:
         self.algorithm.load_model_state(model.model_state())
         self.inference = run.data.inference
         data = run.data.of([place])
-        self.context: Experience = gather(data, [(context, np.ones_like(context, dtype=np.bool_))], model)
+        self.context: Experience = gather(data, [(context, np.ones_like(context, dtype=np.bool_))], model.device)
         taken = {name: getattr(data, name)[:, context] for name in ORDER}
         self.offline: Columns = taken | {name: values[:, context] for name, values in (data.extra or {}).items()}
         self.own: list[Columns] = [self.offline] if self.config.keep_offline else []
@@ -184,7 +184,7 @@ def run(run: Run) -> Episodes:
         others = [i for i in range(len(run.tasks)) if i not in places]
         if others and last is not None:
             rest, count = replace(run, tasks=[run.tasks[i] for i in others], data=run.data.of(others)), len(others)
-            context = gather(rest.data, [drawn[i] for i in others], algorithm)
+            context = gather(rest.data, [drawn[i] for i in others], algorithm.device)
             ran, _ = rest.episode(algorithm.adapt(algorithm.prior(count), context), rest.streams(repetition, "starts"))
             rest.add(repetition, rounds, [config.context] * count, ran, counted=True, env_steps=[0] * count)
             last = _merged(last, ran, places, others)

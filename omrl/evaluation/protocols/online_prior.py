@@ -10,6 +10,7 @@ collected so far. Which prior, ``prior`` says:
   one adapts to what was collected before (CSRO's non-prior exploration, section 4.3).
 
 With ``resample: step`` the belief is drawn anew before every step of the exploration, instead of once per episode.
+Later episodes follow the belief itself, or, where the method has a posterior, draws from it (``posterior``).
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ class OnlineConfig(ProtocolConfig):
         prior: where the beliefs of the exploration come from.
         prior_context: transitions behind each belief of the empirical prior.
         resample: draw a belief of the prior per ``episode`` or per ``step``.
+        posterior: after the exploration, follow the belief's ``mean``, or a draw from it per ``episode`` (PEARL) or per
+            ``step`` (SMAC).
     """
 
     exploration_episodes: Annotated[int, Field(ge=1, le=10_000)] = 10
     prior: Literal["data", "own", "none"] = "data"
     prior_context: Annotated[int, Field(ge=1, le=10**6)] = 256
     resample: Literal["episode", "step"] = "episode"
+    posterior: Literal["mean", "episode", "step"] = "mean"
 
     @model_validator(mode="after")
     def _exploits(self) -> OnlineConfig:
@@ -107,7 +111,13 @@ def run_online(run: Run, kept_share: float | None) -> Episodes:
                     def before_step(belief: Belief, t: int) -> Belief:
                         return prior.draw(rngs, draw) if t else belief  # noqa: B023 - used in this pass alone
             else:
-                belief, sizes = adapt_to_own(algorithm, algorithm.prior(count), ran, kept, run.data.inference)
+                found, sizes = adapt_to_own(algorithm, algorithm.prior(count), ran, kept, run.data.inference)
+                belief = found if config.posterior == "mean" else algorithm.sample(found, draw)
+                if config.posterior == "step":
+
+                    def before_step(belief: Belief, t: int) -> Belief:
+                        return algorithm.sample(found, draw) if t else belief  # noqa: B023 - used in this pass alone
+
             last, _ = run.episode(belief, rngs, before_step=before_step)
             ran.append(last)
             kept = np.concatenate([kept, (last.returns(sparse) >= worst)[None]])

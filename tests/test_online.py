@@ -1,0 +1,257 @@
+"""Learning on in the environment: what is collected, whose reward it carries, the same bytes after a stop."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from omrl.core.config import parse
+from omrl.core.errors import UserError
+from omrl.core.files import read_json, write_json, write_manifest
+from omrl.data import parquet, schema
+from omrl.data.taskdata import TaskData
+from omrl.envs.base import load_family
+from omrl.evaluation.evaluate import EvaluateConfig, build_evaluation
+from omrl.evaluation.protocols.base import protocol
+from omrl.learning import online, train
+from omrl.learning.online import OnlineConfig, build_online
+from omrl.provenance.lineage import _collected
+
+FAMILY = load_family("point-robot")
+TASKS = [
+    {
+        "index": i, "split": "train" if i < 2 else "test", "parameters": FAMILY.sample(i, 1337),
+        "oracle_return": -5.0, "random_return": -20.0,
+    }
+    for i in range(3)
+]  # fmt: skip
+ROWS = 60
+SMALL: dict[str, Any] = {
+    "latent_dim": 2, "width": 8, "depth": 1, "encoder_width": 8, "encoder_depth": 1,
+    "meta_batch": 2, "rl_batch": 8, "context_batch": 8,
+}  # fmt: skip
+ONLINE: dict[str, Any] = {"rounds": 3, "episodes": 3, "prior_episodes": 1, "updates": 6}
+TRAINING = parse(
+    train.MetaTrainConfig,
+    {"steps": 4, "threads": 1, "log_every": 2, "checkpoint_every": 2, "device": "cpu", "optimizers": True},
+    "",
+)
+CODE = ["data/code/all.json"]
+
+
+def transitions(task: int) -> schema.Columns:
+    """Random steps of the point robot, with true rewards."""
+    rng, row = np.random.default_rng(task), np.arange(ROWS)
+    s = rng.uniform(-1, 1, (ROWS, 2)).astype(np.float32)
+    a = rng.uniform(-1, 1, (ROWS, 2)).astype(np.float32)
+    reward, sparse = FAMILY.reward(TASKS[task]["parameters"], s, a, s + 0.1 * a, np.zeros((ROWS, 0), np.float32))
+    whole = {"task": row * 0 + task, "source_task": row * 0 + task, "checkpoint": row * 0, "episode": row // 20}
+    return {
+        **{name: x.astype(np.int32) for name, x in (whole | {"step": row % 20}).items()},
+        "deterministic": np.zeros(ROWS, np.bool_), "observation": s, "next_observation": s + np.float32(0.1) * a,
+        "action": a, "reward": reward, "sparse_reward": sparse, "terminated": np.zeros(ROWS, np.bool_),
+        "truncated": row % 20 == 19, "reward_features": np.zeros((ROWS, 0), np.float32),
+    }  # fmt: skip
+
+
+def make_folder(algorithm: str, overrides: dict[str, Any], optimizers: bool = True) -> None:
+    """Write tasks, code, one dataset and one meta-trained model into the present folder."""
+    write_json("data/tasks/all.json", {"train": [0, 1], "test": [2], "tasks": TASKS})
+    write_json(CODE[0], {"fingerprint": "1"})
+    files: dict[str, int | None] = {}
+    for task in range(3):
+        name = f"task={task:03d}.parquet"
+        parquet.write_transitions(f"data/datasets/expert/{name}", transitions(task), {"checkpoints": {}})
+        files[name] = ROWS
+    write_manifest("data/datasets/expert", kind="dataset", inputs={}, parameters={}, files=files)
+    train.build_model(
+        name="mine", module=algorithm, overrides=overrides, sources={"transitions": "expert"}, dataset="expert",
+        seed=0, config=TRAINING.model_copy(update={"optimizers": optimizers}), spec=train.spec_of(FAMILY),
+        inference="dense", code=CODE, target="data/models/mine/expert/0",
+    )  # fmt: skip
+
+
+def learn(name: str = "on", **values: Any) -> Path:
+    config = parse(OnlineConfig, {"algorithm": "mine"} | ONLINE | values, "")
+    build_online(
+        name=name, config=config, cells=[("expert", 0)], training=TRAINING, family=FAMILY, code=CODE,
+        target=f"data/online/{name}",
+    )  # fmt: skip
+    return Path(f"data/online/{name}/expert/0")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def pearl(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_folder("pearl", SMALL)
+    return tmp_path
+
+
+def test_pearl_collects_learns_on_and_is_evaluated(pearl):
+    folder = learn(keep=3)
+    names = [f"collected={i:03d}.parquet" for i in range(3)]
+    snapshots = [f"snapshot={i:08d}.safetensors" for i in (6, 12, 18)]
+    others = ["config.json", "curve.csv", "manifest.json", "model.safetensors", "training.safetensors"]
+    assert sorted(hashes(folder)) == sorted([*names, *snapshots, *others])
+    before, after = (load_file(f"{f}/model.safetensors") for f in ("data/models/mine/expert/0", folder))
+    for part in ("encoder.net.weights.0", "actor_critic.policy.trunk.weights.0", "actor_critic.q.weights.0"):
+        assert not torch.equal(before[part], after[part]), part
+    steps = [int(line.partition(",")[0]) for line in (folder / "curve.csv").read_text().splitlines()[1:]]
+    assert steps == list(range(2, 19, 2))
+    manifest = read_json(folder / "manifest.json")
+    assert set(manifest["inputs"]) == {
+        "data/tasks/all.json", "data/models/mine/expert/0", "data/datasets/expert", CODE[0],
+    }  # fmt: skip
+    config, settings = (
+        EvaluateConfig(protocol="online-prior"),
+        protocol("online-prior").CONFIG(
+            episodes=3, exploration_episodes=2, prior="own", resample="step", posterior="step", repetitions=1
+        ),
+    )
+    build_evaluation(
+        name="on", train="expert", test="expert", seed=0, config=config, settings=settings, family=FAMILY,
+        model=folder, code=CODE, target="data/evaluations/on/expert/expert/0",
+    )  # fmt: skip
+    assert len(parquet.read_table("data/evaluations/on/expert/expert/0/episodes.parquet")) == 3 * 3
+    assert folder.as_posix() in read_json("data/evaluations/on/expert/expert/0/manifest.json")["inputs"]
+
+
+def test_collected_rows_are_transitions_with_true_rewards(pearl):
+    folder = learn()
+    for round_ in range(3):
+        columns = parquet.read_transitions(folder / f"collected={round_:03d}.parquet")
+        assert len(columns["task"]) == 2 * 3 * FAMILY.horizon
+        assert set(columns["reward_source"]) == {"simulator"}
+        assert set(columns["checkpoint"]) == {6 * round_}
+        assert set(columns["task"]) == {0, 1}  # never a test task
+        assert len(np.unique(schema.keys(columns), axis=0)) == len(columns["task"])
+        for task in (0, 1):
+            own = schema.take(columns, columns["task"] == task)
+            reward, _ = FAMILY.reward(
+                TASKS[task]["parameters"], own["observation"], own["action"], own["next_observation"],
+                own["reward_features"],
+            )  # fmt: skip
+            np.testing.assert_array_equal(own["reward"], reward)
+            going_on = own["step"][1:] > 0
+            np.testing.assert_array_equal(own["observation"][1:][going_on], own["next_observation"][:-1][going_on])
+            assert own["truncated"].sum() == 3
+    facts = _collected(folder / "collected=001.parquet", 7)
+    assert facts == {
+        "reward_source": "simulator", "round": 1, "model": "data/models/mine/expert/0", "problems": [],
+    }  # fmt: skip
+
+
+def test_a_model_goes_on_from_its_optimizers_where_they_were_kept(tmp_path, monkeypatch):
+    models = []
+    for kept in (True, False):
+        (tmp_path / str(kept)).mkdir()
+        monkeypatch.chdir(tmp_path / str(kept))
+        make_folder("pearl", SMALL, optimizers=kept)
+        models.append(load_file(learn(rounds=1, explore="mean") / "model.safetensors"))
+    assert not torch.equal(models[0]["actor_critic.q.weights.0"], models[1]["actor_critic.q.weights.0"])
+
+
+def test_unseen_tasks_can_be_learned_on(pearl):
+    columns = parquet.read_transitions(learn(tasks="test", rounds=1) / "collected=000.parquet")
+    assert set(columns["task"]) == {2}
+
+
+def test_the_free_name_and_a_second_run_change_nothing(pearl):
+    first = hashes(learn())
+    assert hashes(learn()) == first
+    other = hashes(learn("other"))
+    same = [name for name in first if name.endswith((".parquet", ".safetensors", ".csv"))]
+    assert {name: other[name] for name in same} == {name: first[name] for name in same}
+
+
+class Killed(BaseException):
+    """Stands for a killed process."""
+
+
+@pytest.mark.parametrize(
+    ("module", "place", "call"),
+    [
+        (online, "collect", 2), (online, "write_transitions", 2), (online, "save_state", 1), (online, "publish", 1),
+        (train, "save_state", 2), (train, "save_state", 5), (online, "write_manifest", 1),
+    ],
+)  # fmt: skip
+def test_a_stop_anywhere_ends_in_the_same_bytes(pearl, module, place, call):
+    expected = hashes(learn(keep=2))
+    calls, real = [0], getattr(module, place)
+
+    def stop(*arguments: Any, **named: Any) -> Any:
+        calls[0] += 1
+        found = real(*arguments, **named)
+        if calls[0] == call:
+            raise Killed
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, place, stop)
+        with pytest.raises(Killed):
+            learn("on", keep=2)
+    assert calls[0] == call
+    assert hashes(learn(keep=2)) == expected
+    assert not list(Path("data/.scratch/online").iterdir())
+
+
+def test_a_damaged_model_is_named(pearl):
+    path = Path("data/models/mine/expert/0/training.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"training\.safetensors: damaged"):
+        learn()
+
+
+def test_rows_of_two_parts_keep_their_episodes():
+    parts = [TaskData.of_columns([0, 1], [transitions(0), transitions(1)], "dense") for _ in range(2)]
+    both = parts[0].followed_by(parts[1])
+    assert both.rows == 2 * ROWS
+    np.testing.assert_array_equal(both.episodes(0), [[i, i + 20] for i in range(0, 2 * ROWS, 20)])
+    np.testing.assert_array_equal(both.reward[:, ROWS:], both.reward[:, :ROWS])
+    assert not both.terminal.any()
+    ends = TaskData.of_columns([0], [transitions(0)], "dense", time_limit_terminal=True).terminal[0]
+    np.testing.assert_array_equal(np.flatnonzero(ends), [19, 39, 59])
+
+
+def test_the_schema_knows_where_a_reward_is_from():
+    columns = transitions(0)
+    assert "reward_source" not in schema.to_table(columns).schema.names
+    table = schema.to_table({**columns, "reward_source": np.full(ROWS, "decoded")})
+    schema.check(table.schema)
+    assert set(schema.from_table(table)["reward_source"]) == {"decoded"}
+    with pytest.raises(ValueError, match="expected one of simulator, decoded, hidden"):
+        schema.to_table({**columns, "reward_source": np.full(ROWS, "guess")})
+    with pytest.raises(ValueError, match="reward_source is"):
+        schema.check(table.schema.set(len(table.schema) - 1, table.schema.field("task").with_name("reward_source")))
+
+
+def test_early_ends_are_filled_up(pearl, monkeypatch):
+    """Every task has the same number of rows, however soon its episodes end."""
+    real = online._collect_episode
+
+    def cut(*arguments: Any) -> Any:
+        ran = real(*arguments)
+        valid = ran.valid.copy()
+        valid[0, 7:] = False  # the first task's episodes end after seven steps
+        terminated = ran.terminated.copy()
+        terminated[0, 6] = True
+        return replace(ran, valid=valid, terminated=terminated)
+
+    monkeypatch.setattr(online, "_collect_episode", cut)
+    columns = parquet.read_transitions(learn(rounds=1) / "collected=000.parquet")
+    assert np.bincount(columns["task"]).tolist() == [60, 60]
+    first = schema.take(columns, columns["task"] == 0)
+    assert first["terminated"].sum() == 60 // 7
+    assert first["step"].max() == 6
+    assert first["truncated"].sum() == 1  # the last one was cut
