@@ -85,12 +85,12 @@ class RegressionConfig(Config):
         meta_batch: tasks per update, drawn without replacement.
     """
 
-    width: Annotated[int, Field(ge=1)] = 100
-    depth: Annotated[int, Field(ge=1)] = 3
+    width: Annotated[int, Field(ge=1, le=4096)] = 100
+    depth: Annotated[int, Field(ge=1, le=16)] = 3
     layers: Kind = "weight"
     latent_dim: Annotated[int, Field(ge=1, le=4096)] = 100
     policy_std: Annotated[float, Field(gt=0)] = 0.2
-    meta_batch: Annotated[int, Field(ge=1)] = 5
+    meta_batch: Annotated[int, Field(ge=1, le=1024)] = 5
 
 
 class AdvantageConfig(RegressionConfig):
@@ -113,7 +113,7 @@ class AdvantageConfig(RegressionConfig):
     policy_rate: Annotated[float, Field(gt=0)] = 1e-4
     tune_value_rate: Annotated[float, Field(gt=0)] = 1e-5
     tune_policy_rate: Annotated[float, Field(gt=0)] = 1e-5
-    tune_batch: Annotated[int, Field(ge=2)] = 256
+    tune_batch: Annotated[int, Field(ge=2, le=16384)] = 256
     tune_policy_updates: Annotated[int, Field(ge=1, le=1000)] = 2
 
 
@@ -129,8 +129,8 @@ class InnerConfig(Config):
     """
 
     steps: Annotated[int, Field(ge=1, le=100)] = 1
-    inner_batch: Annotated[int, Field(ge=2)] = 256
-    outer_batch: Annotated[int, Field(ge=2)] = 256
+    inner_batch: Annotated[int, Field(ge=2, le=16384)] = 256
+    outer_batch: Annotated[int, Field(ge=2, le=16384)] = 256
     inner_value_rate: Annotated[float, Field(gt=0)] = 1e-3
     inner_policy_rate: Annotated[float, Field(gt=0)] = 1e-3
     learn_rates: bool = True
@@ -157,7 +157,7 @@ class MacawConfig(AdvantageConfig, InnerConfig):
 
     coefficient: Annotated[float, Field(ge=0)] = 0.01
     learn_coefficient: bool = True
-    head_width: Annotated[int, Field(ge=1)] = 32
+    head_width: Annotated[int, Field(ge=1, le=4096)] = 32
 
 
 def episode_columns(data: TaskData, gamma: float) -> dict[str, NDArray[np.float32]]:

@@ -62,7 +62,7 @@ class MtFtConfig(AdvantageConfig):
     layers: Kind = "bias"
     bootstrap: bool = False
     value_rate: Annotated[float, Field(gt=0)] = 1e-4
-    batch: Annotated[int, Field(ge=2)] = 256
+    batch: Annotated[int, Field(ge=2, le=16384)] = 256
     tune_steps: Annotated[int, Field(ge=1, le=10_000)] = 20
     tune_value_rate: Annotated[float, Field(gt=0)] = 1e-4
     tune_policy_rate: Annotated[float, Field(gt=0)] = 1e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,8 @@ def experience_of(
         return np.stack([getattr(e, name)[list(places)] for e in episodes], axis=1)
 
     names = ("observation", "action", "reward", "next_observation")
-    fields = {name: stack(name) for name in names} | {"terminal": stack("terminated"), "valid": stack("valid")}
+    fields: dict[str, NDArray[Any]] = {name: stack(name) for name in names}
+    fields |= {"terminal": stack("terminated"), "valid": stack("valid")}
     fields["signal"] = fields["reward"] if inference == "dense" else stack("sparse_reward")
     fields["step"] = np.zeros_like(fields["reward"]) + np.arange(fields["reward"].shape[-1], dtype=np.float32)
     return from_arrays(fields, algorithm.device)

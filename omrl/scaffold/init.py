@@ -63,10 +63,10 @@ def presets() -> dict[str, Path]:
 def graph(folder: Path) -> str:
     """Return a pipeline's dvc.yaml, with stage ``code`` for the installed package."""
     text = (folder / "dvc.yaml").read_text(encoding="utf-8")
-    watched = '    deps: ["${repository}/omrl", "${repository}/stages"]\n'
+    watched = '    deps: ["${repository}/omrl", "${repository}/stages", data/plan/checked.json]\n'
     if text.count(watched) != 1:
         raise UserError(f"{folder / 'dvc.yaml'}: stages.code.deps: expected {watched.strip()}, once")
-    told = "    always_changed: true # no path leads to installed code and plug-ins; a second each time\n"
+    told = "    deps: [data/plan/checked.json]\n    always_changed: true # no path leads to installed code and plug-ins; a second each time\n"
     comment, stages, body = text.partition("stages:\n")
     if not comment.startswith("#"):
         raise UserError(f"{folder / 'dvc.yaml'}: expected a comment first")

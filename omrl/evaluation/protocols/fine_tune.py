@@ -60,11 +60,11 @@ class FineTuneConfig(ProtocolConfig):
     repetitions: Annotated[int, Field(ge=1, le=1000)] = 1
     context: Annotated[int, Field(ge=2, le=10**6)] = 256
     evaluations: Annotated[int, Field(ge=1, le=1000)] = 3
-    evaluate_every: Annotated[int, Field(ge=1)] = 1
+    evaluate_every: Annotated[int, Field(ge=1, le=10**6)] = 1
     noise: Annotated[float, Field(ge=0)] = 0.2
-    first_update: Annotated[int, Field(ge=1)] = 27
+    first_update: Annotated[int, Field(ge=1, le=10**6)] = 27
     updates: Annotated[int, Field(ge=1, le=10**6)] = 100
-    buffer: Annotated[int, Field(ge=2)] = 50_000
+    buffer: Annotated[int, Field(ge=2, le=10**7)] = 50_000
     keep_offline: bool = False
 
 
