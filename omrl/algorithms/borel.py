@@ -11,8 +11,8 @@ Two phases of training:
 
    ``beliefs`` of the T + 1 are drawn and weighted by (T + 1) / beliefs, which leaves the expectation as it is.
 2. **policy**, the rest. ``begin`` runs the encoder along the data; a state is then (s, mean, log-variance), with the
-   belief before the step for s and after it for s' (state relabelling). Soft actor-critic learns on that; with no
-   regularization as released, exploring is what the value of a belief is about.
+   belief before the step for s and after it for s' (state relabelling). Soft actor-critic learns on that, as
+   released without regularization: exploring is what the value of a belief is about.
 
 While acting, the belief is the GRU's state, and ``observe`` is one step of it.
 
@@ -52,7 +52,7 @@ Known failures:
 
 * Plain SAC leaves few and narrow data. On those of ``pipelines/borel-point`` (7 rows in 10 lie in the goal's disc) the
   policy ran away from all goals after 4,300 updates, though the belief knew where they are; with
-  ``regularization: {kind: bc}`` and no entropy it went for them, returns on unseen goals 15 of 52 after 3,500.
+  ``regularization: {kind: bc}`` and no entropy it stayed, returns on unseen goals 15 of 52 after 3,500.
 * Data that never reach a goal by exploring, such as starts at one place and policies that go straight to it, teach no
   policy to search.
 * The decoder knows rewards alone, so tasks that differ in dynamics are told apart by nothing.
