@@ -226,7 +226,7 @@ def init(
 
     for path in write(name, source, plugin):
         print(path)
-    print(f"next: cd {name} && git init && dvc repro")
+    print(f"next: cd {name} && git init && omrl repro")
 
 
 def entry() -> None:

@@ -33,17 +33,17 @@ An experiment with OMRL, begun as a copy of `{source}`. `params.yaml` says what 
 
 ```sh
 omrl check          # is params.yaml sound?
-dvc repro           # build everything that is not up to date
+omrl repro          # build everything that is not up to date, on all cores ('dvc repro': one cell after another)
 omrl lineage ...    # where a number, a dataset or one of its rows comes from
 ```
 
 Results appear in `reports/`. Keep `dvc.lock`, `reports/` and the files beside this one in git; `data/` stays in DVC's
 cache. The code is the installed package `omrl`; its fingerprints, and those of plug-ins, are taken anew by every
-`dvc repro`, so that cells run again whose code has changed, and no others.
+run, so that cells are built again whose code has changed, and no others.
 {plugin}{git}"""
 PLUGIN = """
-`{package}/method.py` is a method of your own, which `params.yaml` has under the name `{name}`. It works as it is;
-change it, then `python -m pytest tests` and `dvc repro`: its cells run again, and no others.
+`{package}/method.py` is a method of your own; `params.yaml` has it under the name `{name}`. It works as it is. Change
+it, then run `python -m pytest tests` and `omrl repro`: its cells run again, and no others.
 """
 GIT = """
 This folder was made outside a git repository, so DVC was told to do without (`.dvc/config.local`). After `git init`,
@@ -63,15 +63,15 @@ def presets() -> dict[str, Path]:
 def graph(folder: Path) -> str:
     """Return a pipeline's dvc.yaml, with stage ``code`` for the installed package."""
     text = (folder / "dvc.yaml").read_text(encoding="utf-8")
-    watched = '    deps: ["${repository}/omrl", "${repository}/stages", data/plan/checked.json]\n'
-    if text.count(watched) != 1:
-        raise UserError(f"{folder / 'dvc.yaml'}: stages.code.deps: expected {watched.strip()}, once")
-    told = "    deps: [data/plan/checked.json]\n    always_changed: true # no path leads to installed code and plug-ins; a second each time\n"
+    watched = '"${repository}/omrl", "${repository}/stages", '
+    if text.count(f"deps: [{watched}") != 1:
+        raise UserError(f"{folder / 'dvc.yaml'}: stages.code.deps: expected [{watched}...], once")
+    told = "always_changed: true # no path leads to installed code and plug-ins; a second each time\n    deps: ["
     comment, stages, body = text.partition("stages:\n")
     if not comment.startswith("#"):
         raise UserError(f"{folder / 'dvc.yaml'}: expected a comment first")
     head = "# The graph of every experiment. What is built, and how, stands in params.yaml beside it.\n"
-    return head + stages + body.replace(watched, told)
+    return head + stages + body.replace(f"deps: [{watched}", told)
 
 
 def parameters(folder: Path, plugin: tuple[str, str] | None) -> str:
