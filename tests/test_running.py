@@ -120,6 +120,36 @@ def test_a_cell_whose_process_is_killed_runs_again(toy, tmp_path, monkeypatch):
     assert (toy / "dvc.lock").read_bytes() == serial(toy, tmp_path / "serial")
 
 
+@pytest.mark.parametrize("first", ["dvc", "omrl"])
+def test_a_second_run_says_who_is_at_work_and_harms_nothing(toy, tmp_path, monkeypatch, first):
+    monkeypatch.setenv("SLOW", "600")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    commands = {"dvc": ["dvc", "repro"], "omrl": [sys.executable, "-m", "omrl.cli", "repro"]}
+    process = subprocess.Popen(commands[first], cwd=toy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def asleep() -> list[int]:
+        return [pid for pid in processes(toy) if command_line(pid).startswith("sleep 600")]
+
+    while not asleep():
+        assert process.poll() is None
+        time.sleep(0.05)
+    for name, command in commands.items():
+        second = subprocess.run(command, cwd=toy, capture_output=True, text=True, timeout=120)
+        said = second.stdout + second.stderr
+        assert second.returncode != 0
+        number = re.search(r"\(PID (\d+)\)|process (\d+) is at this work", said)
+        assert number is not None, said
+        assert int(number[1] or number[2]) in processes(toy)
+        assert "Traceback" not in said
+        assert name == "dvc" or said.count("\n") == 1
+    for pid in asleep():
+        os.kill(pid, signal.SIGTERM)  # the sleep; the cell goes on
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    monkeypatch.setenv("SLOW", "0")
+    assert (toy / "dvc.lock").read_bytes() == serial(toy, tmp_path / "serial")
+
+
 def test_locks_of_processes_that_are_gone_are_forgotten(toy, capfd):
     (toy / ".dvc/tmp").mkdir()
     # this very process has the number now, and is no DVC

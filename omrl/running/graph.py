@@ -69,8 +69,9 @@ def read_graph(folder: Path) -> Graph:
             reasons = {s.name: _reason(s.name in locked, next(iter(found.values()))) for s in stages
                        if (found := s.status(check_updates=True))}  # fmt: skip
             reads = {s.name: tuple(sorted(other.name for other in graph.successors(s))) for s in stages}
-    except LockError:
-        raise UserError(f"{folder}: another DVC command is at work there; wait until it ends") from None
+    except LockError as error:
+        who = " ".join(str(error).partition("\n\n")[0].partition(". ")[0].split())
+        raise UserError(f"{folder}: another DVC command is at work there, wait until it ends: {who}") from None
     except DvcException as error:
         raise UserError(f"{folder}: DVC cannot read this pipeline: {error}") from None
     finally:
