@@ -263,7 +263,7 @@ def test_the_page_needs_nothing_else_and_shows_every_picture(folder):
     assert "results.csv" in links
     assert all((reports / link).is_file() for link in links), links
     assert "tmp" not in re.sub(r'data:image/png;base64,[^"]*', "", html)
-    assert {path.stem for path in (reports / "figures").iterdir()} == {"results", "curves"}  # for git
+    assert {path.stem for path in (reports / "figures").iterdir()} == {"curves", "trajectories"}  # for git
     for path in files:
         width, height = struct.unpack(">II", path.read_bytes()[16:24])
         assert width == 990  # the same for all

@@ -28,7 +28,7 @@ from omrl.report import ReportConfig, figures, page, scene, tables
 from omrl.report.published import TABLES
 
 _WITH_NUMBERS = ("curves", "results", "profiles", "improvement", "embeddings", "context", "training", "behavior")
-_KEPT = ("results", "curves", "trajectories", "embeddings")  # the first two that a report has go into git
+_KEPT = ("curves", "trajectories", "results", "embeddings")  # the first two that a report has go into git
 
 
 def chain_of(folder: str | Path) -> dict[str, Any]:
