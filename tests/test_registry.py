@@ -89,6 +89,7 @@ BOREL = {
     "vae_rollouts": 4, "meta_batch": 4, "rl_batch": 32, "gamma": 0.5, "reward_scale": 20.0, "actor_rate": 3e-3,
     "critic_rate": 3e-3, "decode_from": "transition", "beliefs": 6,
 }  # fmt: skip
+SMAC = SOFT | {"decoder_width": 32, "actor": "awac", "beta": 0.3, "kl_weight": 0.01, "gamma": 0.0, "reward_scale": 5.0}
 MAML = {"width": 32, "latent_dim": 16, "meta_batch": 2, "inner_batch": 64, "outer_batch": 64}
 MACAW = MAML | {
     "gamma": 0.0, "inner_value_rate": 0.02, "inner_policy_rate": 0.02, "rate_rate": 0.02, "policy_rate": 3e-3,
@@ -118,6 +119,7 @@ ARMS = {
     "mt-ft": Arm("mt-ft", MT_FT, 300, short={"tune_steps": 2}, context=120),
     "pearl": Arm("pearl", SOFT, 800),
     "prompt-dt": Arm("prompt-dt", PROMPT_DT, 300, 0.5),
+    "smac": Arm("smac", SMAC, 500),
     "unicorn": Arm("unicorn", SOFT | {"decoder_width": 32}, 400),
 }
 FORMS = ARMS | {  # further ones with states of their own, which need not prove again that they learn
