@@ -1,7 +1,4 @@
-"""Contextual BCQ: losses in double precision, whose gradient reaches what, acting without chance, golden numbers.
-
-What holds for every baseline, two goals among it, is in test_baselines.py.
-"""
+"""Contextual BCQ: losses in double precision, whose gradient reaches what, acting without chance, golden numbers."""
 
 from __future__ import annotations
 

@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from omrl.algorithms.base import Spec, create, join_beliefs, load_model, map_belief, save_model
+from omrl.algorithms.base import Spec, create, join_beliefs, map_belief
 from omrl.algorithms.borel import Borel, Rollouts, rollout_bounds, rollouts
 from omrl.core.config import parse
 from omrl.core.errors import UserError
 from omrl.data.taskdata import TaskData
 from omrl.envs.base import load_family
-from omrl.evaluation.contexts import offline_belief
 from omrl.evaluation.protocols import online_belief
 from omrl.evaluation.protocols.base import Run
 from omrl.learning.sampler import Sampler
@@ -53,17 +52,6 @@ def data(seed: int = 0, episodes: int = 60, lengths: int = HORIZON) -> TaskData:
         terminal=np.zeros_like(r), checkpoint=(start // (4 * lengths)).astype(np.int32), step=step.astype(np.int32),
         start=start, end=start + lengths, inference="dense",
     )  # fmt: skip
-
-
-def trained(steps: int, seed: int = 0, **values: Any) -> Borel:
-    algorithm, source = make(seed, **values), data()
-    sampler = Sampler(source, seed, CPU)
-    for phase in algorithm.phases(steps):
-        if columns := algorithm.begin(phase, source):
-            sampler.add({"transitions": source.with_columns(columns)})
-        for _ in range(phase.steps):
-            algorithm.update(phase, sampler.draw(phase))
-    return algorithm
 
 
 def some_rollouts(n: int = 3, t: int = 5, seed: int = 0) -> Rollouts:
@@ -250,52 +238,6 @@ def test_observing_steps_is_adapting_to_the_episode():
     half = algorithm.adapt(algorithm.prior(2), whole.part(0, 1))
     torch.testing.assert_close(belief, algorithm.adapt(half, whole.part(1, 2)))  # it goes on from what it knew
     assert join_beliefs([map_belief(lambda x, i=i: x[i : i + 1], belief) for i in range(2)]).equal(belief)
-
-
-def test_two_goals_are_found_while_acting(tmp_path):
-    algorithm = trained(800)
-    belief, source = algorithm.prior(2), data(5)
-    s = torch.zeros(2, 2)
-    first = algorithm.act(belief, s)
-    assert torch.equal(first[0], first[1])  # nothing is known yet
-    for _ in range(2 * HORIZON):
-        action = algorithm.act(belief, s)
-        reward = 1 - (action[:, 0] - torch.from_numpy(GOALS)).abs().float()
-        each = (s, action, reward, s + 0.1 * action, reward * 0, reward)
-        belief = algorithm.observe(belief, Experience(*(x.unsqueeze(1) for x in each), task=torch.arange(2)))
-    assert float((algorithm.act(belief, s)[:, 0] - torch.tensor(GOALS)).abs().max()) < 0.3
-    given = offline_belief(algorithm, source, 10, [np.random.default_rng(i) for i in range(2)])
-    assert float((algorithm.act(given, s)[:, 0] - torch.tensor(GOALS)).abs().max()) < 0.3
-    embedding = algorithm.embedding(given)
-    assert embedding is not None
-    assert embedding.shape == (2, 2)
-    save_model(algorithm, tmp_path, "mine", "borel")
-    assert torch.equal(load_model(tmp_path, "cpu").act(given, s), algorithm.act(given, s))
-
-
-@pytest.mark.parametrize("stop", [2, 5])
-def test_training_goes_on_from_a_saved_state_in_either_phase(stop):
-    source = data()
-    straight, first, second = (make(seed, vae_steps=3) for seed in (0, 0, 9))
-
-    def run(algorithm: Borel, start: int, end: int) -> None:
-        step = 0
-        for phase in algorithm.phases(7):
-            if start < step + phase.steps:
-                sampler = Sampler(source.with_columns(algorithm.begin(phase, source)), 0, CPU)
-            for _ in range(phase.steps):
-                if start <= step < end:
-                    sampler.generator.manual_seed(step)
-                    algorithm.update(phase, sampler.draw(phase))
-                step += 1
-
-    run(straight, 0, 7)
-    run(first, 0, stop)
-    second.load_training_state({k: v.clone() for k, v in first.training_state().items()})
-    run(second, stop, 7)
-    one, two = straight.training_state(), second.training_state()
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 # --- the protocol ------------------------------------------------------------------------------------------------

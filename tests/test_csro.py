@@ -151,22 +151,6 @@ def test_without_the_bound_it_is_focal(values):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_training_goes_on_from_a_saved_state():
-    straight, first, second = make(), make(), make(9)
-    (phase,) = straight.phases(4)
-    batches = [Sampler(data(0), i, straight.device).draw(phase) for i in range(4)]
-    for batch in batches:
-        straight.update(phase, batch)
-    for batch in batches[:2]:
-        first.update(phase, batch)
-    second.load_training_state({k: v.clone() for k, v in first.training_state().items()})
-    for batch in batches[2:]:
-        second.update(phase, batch)
-    one, two = straight.training_state(), second.training_state()
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
-
-
 def test_two_goals_are_told_apart_by_reward_where_the_behavior_misleads():
     """The context of the other task's behavior, with this task's rewards: FOCAL takes one task for the other."""
     worst = {}

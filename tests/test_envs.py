@@ -6,12 +6,10 @@ import importlib.util
 import math
 import subprocess
 import sys
-import warnings
 
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,20 +29,8 @@ def family(request) -> Family:
     return load_family(request.param)
 
 
-def actions(family: Family, steps: int, rows: int, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return rng.uniform(-1.2, 1.2, (steps, rows, family.action_size)).astype(np.float32)
-
-
 def streams(count: int) -> list[np.random.Generator]:
     return [np.random.default_rng(i) for i in range(count)]
-
-
-def test_gymnasium_accepts_the_single_form(family):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an unbounded plane is what it is
-        check_env(gymnasium.make(family.env_id, render_mode="rgb_array").unwrapped)
-        check_env(family.make(family.sample(3, 0)).unwrapped)
 
 
 def test_a_point_robot_is_drawn_with_goal_disc_and_path(family):
@@ -87,124 +73,9 @@ def test_importing_omrl_registers_every_family_and_outlives_a_broken_one():
     assert done.stdout.strip() == omrl.__version__
 
 
-def test_a_task_depends_on_seed_and_index_only(family):
-    first = [family.sample(i, 7) for i in range(8)]
-    assert [family.sample(i, 7) for i in reversed(range(8))] == first[::-1]
-    assert family.sample(3, 7) != family.sample(3, 8) or family.sample(4, 7) != family.sample(4, 8)
-    assert len({str(task) for task in first}) == 8
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_how_many_tasks_train_does_not_change_the_test_tasks_and_the_reverse(name):
-    family = load_family(name, {"goals": 2} if name == "metaworld-ml45" else None)
-    train, test = (1, 2) if family.capacity == 4 else (5, 3)
-    tasks = family.tasks(train, test, 7)
-    more = family.tasks(train + 1, test, 7)
-    assert more[:train] == tasks[:train]
-    assert more[train + 1 :] == tasks[train:]
-    assert family.tasks(train, 1, 7) == tasks[: train + 1]
-    assert len(tasks) == train + test
-    if family.capacity is None:
-        assert len({str(task) for task in more}) == len(more)
-        assert family.tasks(train, test, 8)[train:] != tasks[train:]
-    else:
-        everything = [family.sample(i, 7) for i in range(family.capacity)]
-        for count in (1, family.first_test, family.capacity - 1):
-            taken = family.tasks(count, family.capacity - count, 7)
-            assert sorted(map(str, taken)) == sorted(map(str, everything))
-        # the published split
-        assert family.tasks(family.first_test, family.capacity - family.first_test, 7) == everything
-        with pytest.raises(UserError, match=rf"tasks\.train \+ tasks\.test = 2 \+ {family.capacity}: expected at most"):
-            family.tasks(2, family.capacity, 7)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_the_family_says_which_reward_inference_sees(name):
-    family = load_family(name)
-    # FOCAL and FOCAL++ feed sparse rewards to the encoder of their sparse families alone; SMAC's Sawyer has no other
-    assert family.inference_reward == ("sparse" if name.startswith(("sparse-", "sawyer-")) else "dense")
-    assert family.spec()["inference_reward"] == family.inference_reward
-
-
 def test_a_threshold_makes_inference_see_the_sparse_reward():
     assert load_family("half-cheetah-dir", {"sparse_threshold": 6.0}).inference_reward == "sparse"
     assert load_family("sparse-cheetah-dir", {"sparse_threshold": None}).inference_reward == "dense"
-
-
-def test_an_index_out_of_range_is_a_user_error(family):
-    with pytest.raises(UserError, match=r"task index -1 is out of range.*tasks\.train"):
-        family.sample(-1, 0)
-    if family.capacity is not None:
-        with pytest.raises(UserError, match=f"task index {family.capacity} is out of range"):
-            family.sample(family.capacity, 0)
-
-
-def test_the_batched_form_is_the_single_form_bit_for_bit(family):
-    tasks = [family.sample(i, 1) for i in range(3)]
-    singles = [family.make(task) for task in tasks for _ in range(2)]
-    batch = family.batch(tasks, 2)
-    starts = [env.reset(seed=place)[0] for place, env in enumerate(singles)]
-    rngs = [gymnasium.utils.seeding.np_random(place)[0] for place in range(6)]
-    np.testing.assert_array_equal(batch.reset(rngs), np.stack(starts))
-    for step in actions(family, family.horizon, 6):
-        result = batch.step(step)
-        for place, env in enumerate(singles):
-            observation, reward, terminated, _, info = env.step(step[place])
-            np.testing.assert_array_equal(observation, result.next_observation[place])
-            assert reward == result.reward[place]
-            assert info["sparse_reward"] == result.sparse_reward[place]
-            assert terminated == result.terminated[place]
-
-
-def test_episodes_are_truncated_at_the_horizon(family):
-    for horizon in (None, 3):
-        env = family.make(family.sample(0, 0), horizon)
-        env.reset(seed=0)
-        for t in range(1, (horizon or family.horizon) + 1):
-            _, _, terminated, truncated, _ = env.step(np.zeros(family.action_size, dtype=np.float32))
-            assert truncated == (t == (horizon or family.horizon))
-            assert not terminated
-
-
-def test_rewards_are_recomputed_bit_for_bit_from_what_is_stored(family):
-    task = family.sample(2, 5)
-    batch = family.batch([task], 4)
-    observation = batch.reset(streams(4))
-    for step in actions(family, 30, 4):
-        result = batch.step(step)
-        again = family.reward(task, observation, step, result.next_observation, result.features)
-        np.testing.assert_array_equal(again[0], result.reward)
-        np.testing.assert_array_equal(again[1], result.sparse_reward)
-        assert again[0].dtype == again[1].dtype == np.float32
-        observation = result.next_observation
-
-
-def test_observations_are_finite_inside_the_space_and_not_shared(family):
-    env = family.make(family.sample(0, 0))
-    first, _ = env.reset(seed=0)
-    kept = first.copy()
-    following, *_ = env.step(np.ones(family.action_size, dtype=np.float32))
-    assert env.observation_space.contains(following)
-    np.testing.assert_array_equal(first, kept)
-    assert not np.array_equal(following, kept)
-
-
-def test_two_tasks_really_differ(family):
-    tasks = [family.sample(i, 0) for i in range(2)]
-    batch = family.batch(tasks, 1)
-    batch.reset([np.random.default_rng(0), np.random.default_rng(0)])
-    totals = np.zeros(2)
-    for step in actions(family, 10, 1):
-        totals += batch.step(np.repeat(step, 2, axis=0)).reward
-    assert totals[0] != totals[1]
-
-
-def test_oracle_and_floor_normalize_to_one_and_zero(family):
-    task = family.sample(1, 0)
-    row = {"oracle_return": family.oracle_return(task), "random_return": family.random_return(task)}
-    assert row["oracle_return"] > row["random_return"]
-    assert family.normalize(row, row["oracle_return"]) == 1
-    assert family.normalize(row, row["random_return"]) == 0
 
 
 def test_unknown_names_and_configurations_are_user_errors():
@@ -434,11 +305,6 @@ def test_batched_steps_stay_in_float32_and_refuse_other_shapes(family):
     for shape in [(family.action_size,), (1, family.action_size), (5, family.action_size)]:
         with pytest.raises(ValueError, match="expected"):
             batch.step(np.zeros(shape, dtype=np.float32))
-
-
-def test_the_single_form_refuses_a_wrong_configuration(family):
-    with pytest.raises(UserError, match="unknown key"):
-        gymnasium.make(family.env_id, config={"no such key": 1})
 
 
 @pytest.mark.parametrize(

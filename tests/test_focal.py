@@ -349,24 +349,6 @@ def test_actions_use_their_own_tasks_embedding():
     assert not actions.requires_grad
 
 
-@pytest.mark.parametrize("arm", ["default", "probabilistic", "regularized", "paper"])
-def test_a_saved_model_acts_alike(arm, tmp_path):
-    algorithm = focal(seed=5, **ARMS[arm])
-    for i in range(2):
-        update(algorithm, made_batch(i))
-    save_model(algorithm, tmp_path, "mine", "focal")
-    loaded = load_model(tmp_path, "cpu")
-    batch = made_batch()
-    z = algorithm.infer(batch["context"])
-    assert torch.equal(loaded.infer(batch["context"]), z)
-    observation = batch["transitions"].observation
-    assert torch.equal(loaded.actions(observation, z), algorithm.actions(observation, z))
-    assert loaded.config == algorithm.config
-    assert loaded.spec == algorithm.spec
-    saved = json.loads((tmp_path / "config.json").read_text())
-    assert (saved["name"], saved["algorithm"], saved["seed"]) == ("mine", "focal", 5)
-
-
 def test_saving_twice_gives_the_same_bytes(tmp_path):
     for folder in ("a", "b"):
         algorithm = focal()
@@ -401,25 +383,6 @@ def test_a_model_of_another_configuration_is_named(tmp_path):
     (tmp_path / "a" / "model.safetensors").write_bytes((tmp_path / "b" / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match=r"model\.safetensors"):
         load_model(tmp_path / "a", "cpu")
-
-
-@pytest.mark.parametrize("arm", ["default", "probabilistic", "regularized"])
-def test_training_goes_on_from_a_saved_state_as_if_never_stopped(arm):
-    whole = focal(**ARMS[arm])
-    for i in range(4):
-        update(whole, made_batch(i))
-    first = focal(**ARMS[arm])
-    for i in range(2):
-        update(first, made_batch(i))
-    state = {name: value.clone() for name, value in first.training_state().items()}
-    second = focal(seed=99, **ARMS[arm])  # whatever it was: the state is all
-    second.load_training_state(copy.deepcopy(state))
-    for i in range(2, 4):
-        update(second, made_batch(i))
-    expected, got = whole.training_state(), second.training_state()
-    assert expected.keys() == got.keys()
-    for name, value in expected.items():
-        assert torch.equal(value, got[name]), name
 
 
 def test_seeds_matter_and_repeat():
@@ -464,35 +427,6 @@ def test_context_width_follows_the_sizes():
 
 
 # --- it learns -------------------------------------------------------------------------------------------------
-
-
-def two_goals(seed: int, m: int, n: int) -> tuple[torch.Tensor, ...]:
-    """One step in a plane: the goal is at +1 or -1 on the first axis; the reward says how near the action ends."""
-    g = source(seed)
-    tasks = torch.randint(2, (m,), generator=g)
-    goal = torch.tensor([1.0, -1.0])[tasks]
-    observation = torch.rand(m, n, 2, generator=g) - 0.5
-    action = torch.rand(m, n, 2, generator=g) * 2 - 1
-    moved = observation + torch.cat([action[..., :1], torch.zeros(m, n, 1)], -1)
-    return tasks, observation, action, -(action[..., 0] - 0.8 * goal[:, None]).abs(), moved
-
-
-def test_two_goals_are_told_apart_and_solved():
-    algorithm = focal(
-        meta_batch=8, width=32, encoder_width=32, actor_rate=3e-3, critic_rate=3e-3, encoder_rate=3e-3,
-        reward_scale=20.0, gamma=0.5, tau=0.05,
-    )  # fmt: skip
-    for step in range(500):
-        tasks, s, a, r, s2 = two_goals(step, 8, 32)
-        end = torch.ones(8, 32)
-        update(algorithm, meta_batch(tasks, bag_of(s, a, r), moves_of(s, a, r, s2, end)))
-    tasks, s, a, r, _ = two_goals(10**6, 16, 32)
-    z = algorithm.infer(bag_of(s, a, r))
-    centres = torch.stack([z[tasks == task].mean(0) for task in (0, 1)])
-    spread = max(float((z[tasks == task] - centres[task]).norm(dim=-1).max()) for task in (0, 1))
-    assert float((centres[0] - centres[1]).norm()) > 5 * spread
-    chosen = algorithm.actions(s, z)[..., 0].mean(1)
-    assert float((chosen - 0.8 * torch.tensor([1.0, -1.0])[tasks]).abs().max()) < 0.2
 
 
 # --- golden numbers --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 from batches import bag_of, meta_batch, moves_of, update
 
-from omrl.algorithms.base import Spec, create, load_model, save_model
+from omrl.algorithms.base import Spec, create
 from omrl.algorithms.focalpp import Focalpp, matrix_contrast
 from omrl.core.errors import UserError
 from omrl.nets.attention import AttentionEncoder, Block
@@ -167,24 +167,6 @@ def test_arms_have_no_parts_that_they_do_not_use():
     assert [focalpp(loss=x).phases(1)[0].draws["context"].rows for x in ("contrastive", "metric")] == [12, 6]
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_every_arm_trains_saves_and_goes_on(arm, tmp_path):
-    whole, first, second = (focalpp(seed, **ARMS[arm]) for seed in (0, 0, 9))
-    for i in range(4):
-        scalars = update(whole, made_batch(i))
-    assert all(torch.isfinite(value) for value in scalars.values())
-    for i in range(2):
-        update(first, made_batch(i))
-    second.load_training_state({k: v.clone() for k, v in first.training_state().items()})
-    for i in range(2, 4):
-        update(second, made_batch(i))
-    state, other = whole.training_state(), second.training_state()
-    assert state.keys() == other.keys()
-    assert all(torch.equal(state[k], other[k]) for k in state)
-    save_model(whole, tmp_path, "mine", "focalpp")
-    assert torch.equal(load_model(tmp_path, "cpu").infer(made_batch()["context"]), whole.infer(made_batch()["context"]))
-
-
 @pytest.mark.parametrize(
     ("values", "key"),
     [({"heads": 3}, "heads"), ({"temperature": 0.0}, "temperature"), ({"momentum": 1.5}, "momentum"),
@@ -193,28 +175,6 @@ def test_every_arm_trains_saves_and_goes_on(arm, tmp_path):
 def test_a_wrong_value_is_refused_by_name(values, key):
     with pytest.raises(UserError, match=key):
         focalpp(**values)
-
-
-@pytest.mark.parametrize("arm", ["full", "contrastive"])
-def test_two_goals_are_told_apart_and_solved(arm):
-    algorithm = focalpp(
-        meta_batch=8, width=32, actor_rate=3e-3, critic_rate=3e-3, encoder_rate=3e-3, reward_scale=20.0, gamma=0.5,
-        tau=0.05, **ARMS[arm],
-    )  # fmt: skip
-
-    def draw(seed: int) -> tuple[torch.Tensor, ...]:
-        g = source(seed)
-        tasks = torch.randint(2, (8,), generator=g)
-        s, a = torch.rand(8, 32, 2, generator=g) - 0.5, torch.rand(8, 32, 2, generator=g) * 2 - 1
-        return tasks, s, a, -(a[..., 0] - 0.8 * (1.0 - 2 * tasks[:, None])).abs()
-
-    for step in range(500):
-        tasks, s, a, r = draw(step)
-        end = moves_of(s, a, r, s, torch.ones(8, 32))
-        update(algorithm, meta_batch(tasks, bag_of(s, a, r), end))
-    tasks, s, a, r = draw(10**6)
-    chosen = algorithm.actions(s, algorithm.infer(bag_of(s, a, r)))[..., 0].mean(1)
-    assert float((chosen - 0.8 * (1.0 - 2 * tasks)).abs().max()) < 0.25
 
 
 # --- golden numbers ----------------------------------------------------------------------------------------------

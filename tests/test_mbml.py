@@ -1,7 +1,4 @@
-"""MBML: both phases' losses in double precision, what each phase leaves alone, its curve, golden numbers.
-
-What holds for every baseline, two goals among it, is in test_baselines.py.
-"""
+"""MBML: both phases' losses in double precision, what each phase leaves alone, its curve, golden numbers."""
 
 from __future__ import annotations
 
@@ -305,22 +302,6 @@ def test_the_curve_keeps_its_columns_across_the_change_of_phase():
     assert float(last["distill_q_loss"]) > 0
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])  # within phase 1, between both, within phase 2
-def test_training_goes_on_from_any_phase_as_if_never_stopped(stop):
-    whole, first, second = make(bcq_steps=3), make(bcq_steps=3), make(9, bcq_steps=3)
-    phase = ["teachers"] * 3 + ["student"] * 3
-    for i in range(6):
-        update(whole, made_batch(i), phase[i])
-    for i in range(stop):
-        update(first, made_batch(i), phase[i])
-    second.load_training_state({name: value.clone() for name, value in first.training_state().items()})
-    for i in range(stop, 6):
-        update(second, made_batch(i), phase[i])
-    expected, got = whole.training_state(), second.training_state()
-    assert expected.keys() == got.keys()
-    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
-
-
 # --- acting ------------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +340,11 @@ def test_a_wrong_value_is_refused_by_name(values):
     (key,) = values
     with pytest.raises(UserError, match=key):
         make(**values)
+
+
+def test_too_few_tasks_are_named():
+    config = make(tasks=2).config
+    assert Mbml.check(config, Spec(2, 2, False, tasks=3), 100) == "tasks = 2: expected tasks.train = 3"
 
 
 def test_the_number_of_tasks_has_no_default():

@@ -8,13 +8,11 @@ import os
 import re
 import subprocess
 import sys
-import warnings
 
 import gymnasium
 import mujoco
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env
 
 from omrl.core import registry
 from omrl.core.errors import UserError
@@ -65,13 +63,6 @@ def test_the_families_are_those_of_the_papers():
     assert all(load_family(name).context_next_observation == (row[2] == "dynamics") for name, row in EXPECTED.items())
 
 
-def test_gymnasium_accepts_the_single_form(family):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # unbounded observations are what they are
-        check_env(family.make(family.sample(1, 0)).unwrapped, skip_render_check=True)
-    assert type(gymnasium.make(family.env_id).unwrapped).__module__ == type(family).__module__
-
-
 def opengl() -> bool:
     try:
         _opengl._context()
@@ -114,97 +105,13 @@ def test_without_opengl_one_line_names_the_way_out():
     assert "Traceback" not in done.stderr
 
 
-def test_batched_is_single_bit_for_bit_in_any_company(family):
-    tasks = [family.sample(i, 1) for i in range(3)]
-    batch, threaded = family.batch(tasks, 2), family.batch(tasks, 2, threads=2)
-    single = family.make(tasks[1])
-    first, _ = single.reset(seed=3)
-    rngs = [*streams(3), gymnasium.utils.seeding.np_random(3)[0], *streams(2, 4)]
-    np.testing.assert_array_equal(batch.reset(rngs)[3], first)
-    again = [*streams(3), gymnasium.utils.seeding.np_random(3)[0], *streams(2, 4)]
-    threaded.reset(again)
-    features, observation = batch.step(actions(family, 1, 6)[0]).features, first
-    batch.reset([*streams(3), gymnasium.utils.seeding.np_random(3)[0], *streams(2, 4)])
-    for action in actions(family, 40, 6):
-        many, other = batch.step(action), threaded.step(action)
-        following, reward, terminated, _, info = single.step(action[3])
-        np.testing.assert_array_equal(many.next_observation, other.next_observation)
-        np.testing.assert_array_equal(many.next_observation[3], following)
-        np.testing.assert_array_equal(many.features[3], info["features"])
-        assert (many.reward[3], many.sparse_reward[3]) == (reward, info["sparse_reward"])
-        assert many.terminated[3] == terminated
-        assert np.isfinite(many.next_observation).all()
-        assert np.isfinite(many.reward).all()
-        stored = (observation[None], action[3:4], many.next_observation[3:4], many.features[3:4])
-        dense, sparse = family.reward(tasks[1], *stored)  # own-task relabelling
-        assert (dense[0], sparse[0]) == (many.reward[3], many.sparse_reward[3])
-        assert dense.dtype == sparse.dtype == many.reward.dtype == np.float32
-        assert single.observation_space.contains(following)
-        observation = following
-    assert features.shape == (6, family.feature_size)
+# ------------------------------------------------------------------ published tasks
 
 
-def test_a_step_depends_on_the_state_alone(family):
-    """What get_state returns is everything: the solver's warm start, say, is not carried along."""
-    task = family.sample(0, 0)
-    steps = actions(family, 16, 2)
-    whole, parts = family.batch([task], 2), family.batch([task], 2)
-    whole.reset(streams(2))
-    parts.reset(streams(2))
-    for action in steps[:8]:
-        whole.step(action)
-        parts.step(action)
-    state = parts.get_state()
-    parts.reset(streams(2, 5))
-    parts.set_state(state)
-    for action in steps[8:]:
-        a, b = whole.step(action), parts.step(action)
-        np.testing.assert_array_equal(a.next_observation, b.next_observation)
-        np.testing.assert_array_equal(a.features, b.features)
-
-
-def test_a_copy_that_starts_anew_leaves_the_others_alone(family):
-    task = family.sample(0, 0)
-    batch, other = family.batch([task], 3), family.batch([task], 3)
-    batch.reset(streams(3))
-    other.reset(streams(3))
-    for action in actions(family, 5, 3):
-        batch.step(action)
-        other.step(action)
-    batch.reset(streams(1, 9), np.array([1]))
-    fresh = family.batch([task], 1)
-    np.testing.assert_array_equal(batch.observation[1], fresh.reset(streams(1, 9))[0])
-    action = actions(family, 1, 3)[0]
-    a, b, c = batch.step(action), other.step(action), fresh.step(action[1:2])
-    np.testing.assert_array_equal(a.features[[0, 2]], b.features[[0, 2]])
-    np.testing.assert_array_equal(a.features[1], c.features[0])
+def test_a_new_start_needs_a_stream_per_copy(family):
+    batch = family.batch([family.sample(0, 0)], 2)
     with pytest.raises(ValueError, match="one generator per copy"):
         batch.reset(streams(2), np.array([0]))
-
-
-def test_two_tasks_really_differ(family):
-    tasks = [family.sample(i, 0) for i in range(2)]
-    batch = family.batch(tasks)
-    batch.reset([np.random.default_rng(0), np.random.default_rng(0)])
-    rewards = np.stack([batch.step(np.repeat(a, 2, axis=0)).reward for a in actions(family, 20, 1)])
-    assert np.abs(rewards[:, 0] - rewards[:, 1]).max() > 1e-3
-
-
-def test_tasks_depend_on_seed_and_index_and_out_of_range_is_a_user_error(family):
-    count = min(family.capacity or 6, 6)
-    first = [family.sample(i, 7) for i in range(count)]
-    assert [family.sample(i, 7) for i in reversed(range(count))] == first[::-1]
-    with pytest.raises(UserError, match=r"task index -1 is out of range.*tasks\.train"):
-        family.sample(-1, 0)
-    if family.capacity is not None:
-        with pytest.raises(UserError, match=f"task index {family.capacity} is out of range"):
-            family.sample(family.capacity, 0)
-    assert family.oracle_return(first[0]) is None
-    assert math.isnan(family.normalize({"random_return": 1.0, "oracle_return": None}, 3.0))
-    assert family.normalize({"random_return": 1.0, "oracle_return": None}, 3.0, best=5.0) == 0.5
-
-
-# ------------------------------------------------------------------ published tasks
 
 
 def test_the_velocities_of_focal_and_macaw():

@@ -1,7 +1,4 @@
-"""Batch PEARL: posterior and losses in double precision, whose gradient reaches the encoder, golden numbers.
-
-What holds for every baseline, and the product of Gaussians by hand, is in test_baselines.py.
-"""
+"""Batch PEARL: posterior and losses in double precision, whose gradient reaches the encoder, golden numbers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""UNICORN: the losses in double precision, whose gradient is whose, FOCAL where reconstruction is off, golden numbers.
-
-What holds for every baseline, and the reconstruction by hand, is in test_baselines.py.
-"""
+"""UNICORN: the losses in double precision, whose gradient is whose, FOCAL where reconstruction is off, goldens."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ Dense reward: the package's second version, 0 to 10. Sparse: 1 where the package
 
 from __future__ import annotations
 
+import abc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -194,6 +195,7 @@ class MetaworldFamily(Family):
         package()
         super().__init__(config)
 
+    @abc.abstractmethod
     def features(self, task: Task, env: Any, reward: float, success: float) -> list[float]:
         """Return what ``reward`` needs beyond (s, a, s'), [feature_size].
 
@@ -203,7 +205,6 @@ class MetaworldFamily(Family):
             reward: the package's reward of it.
             success: 1 or 0, what the package says.
         """
-        raise NotImplementedError
 
     def spec(self) -> dict[str, Any]:
         """Return what identifies the environment, the package's version included."""

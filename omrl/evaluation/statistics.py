@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import trim_mean
 
 
 def iqm(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -14,9 +15,8 @@ def iqm(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
     Of n values floor(n / 4) are dropped at each end, as in Agarwal et al., NeurIPS 2021.
     """
-    ordered = np.sort(np.asarray(values, dtype=np.float64), axis=-1)
-    cut = ordered.shape[-1] // 4
-    return ordered[..., cut : ordered.shape[-1] - cut].mean(axis=-1)
+    trimmed: NDArray[np.float64] = trim_mean(np.asarray(values, dtype=np.float64), 0.25, axis=-1)
+    return trimmed
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,70 @@ def _lead(rows: list[tables.Row], references: dict[str, float], facts: dict[str,
     return text
 
 
+# name -> title and caption of a picture, in the order of the page
+_CAPTIONS = {
+    "curves": (
+        "Learning curves",
+        "Return on unseen tasks against gradient steps: the mean of the seeds, and their range. Dotted lines: the "
+        "oracle, where it is known, and random actions.",
+    ),
+    "environment": (
+        "The environment",
+        "{environment}",
+    ),
+    "results": (
+        "Results with intervals",
+        "Dashed lines: controllers that need no learning. Bars may overlap although two algorithms differ, because"
+        " both saw the same easy and hard tasks: the paired differences in the table decide.",
+    ),
+    "profiles": (
+        "Performance profiles",
+        "Share of runs (one seed on one unseen task) above a normalized return: 0 is random, 1 the oracle. A curve"
+        " above another everywhere belongs to the better algorithm; one that falls early misses tasks altogether.",
+    ),
+    "improvement": (
+        "Probability of improvement",
+        "Chance, in percent, that a run of the row's algorithm does better than a run of the column's on the same "
+        "unseen task; ties count half. 50 is a coin toss.",
+    ),
+    "trajectories": (
+        "Unseen tasks on the plane",
+        "Last episodes of a few test tasks. Stars are the hidden goals, discs where the sparse reward is given.",
+    ),
+    "embeddings": (
+        "Task embeddings",
+        "Embeddings of resampled contexts ({method}); dots are training tasks, triangles unseen ones. Good "
+        "embeddings are tight per task and ordered by what the tasks differ in.",
+    ),
+    "attention": (
+        "Attention of the context encoder",
+        "Weights of single transitions, by whether they carry a reward; AUC is the chance that a rewarded one "
+        "outweighs an unrewarded one (FOCAL++ Fig. 5c).",
+    ),
+    "sparsity": (
+        "Embedding variance against sparsity",
+        "Variance of a task's embedding over contexts by their share of unrewarded transitions (FOCAL++ Fig. 6); "
+        "ticks at the bottom: Eq. 34's threshold, above which batch-wise attention is to lower it.",
+    ),
+    "context": (
+        "Return against the size of the context",
+        "How much offline context of an unseen task the method needs; the last point is the counted one.",
+    ),
+    "training": (
+        "Meta-training",
+        "Scalars of every model against gradient steps, one line per seed.",
+    ),
+    "behavior": (
+        "Behavior policies",
+        "Deterministic return of each task's SAC policy at its checkpoints.",
+    ),
+    "datasets": (
+        "What the datasets hold",
+        "Returns of the behavior episodes in each dataset, over the steps of a test episode.",
+    ),
+}
+
+
 def _pictures(
     rows: list[tables.Row],
     evaluations: list[tables.Evaluation],
@@ -126,92 +190,66 @@ def _pictures(
     path = next(e for e in evaluations if e.cell == best)
     normalized = tables.cell_scores(evaluations, "normalized")
     scores = tables.cell_scores(evaluations, "return")
-    drawn: list[tuple[str, str, str, bytes | None]] = [
-        (
-            "curves",
-            "Learning curves",
-            "Return on unseen tasks against gradient steps: the mean of the seeds, and their range. Dotted lines: the "
-            "oracle, where it is known, and random actions.",
-            figures.learning_curves(evaluations, references, family.returns),
-        ),
-        ("environment", "The environment", environment[0], environment[1] and figures.scene(environment[1])),
-        (
-            "results",
-            "Results with intervals",
-            "Dashed lines: controllers that need no learning. Bars may overlap although two algorithms differ, because "
-            "both saw the same easy and hard tasks: the paired differences in the table decide.",
-            figures.results(rows, references, family.returns),
-        ),
-        (
-            "profiles",
-            "Performance profiles",
-            "Share of runs (one seed on one unseen task) above a normalized return: 0 is random, 1 the oracle. A curve "
-            "above another everywhere belongs to the better algorithm; one that falls early misses tasks altogether.",
-            figures.profiles(normalized),
-        ),
-        (
-            "improvement",
-            "Probability of improvement",
-            "Chance, in percent, that a run of the row's algorithm does better than a run of the column's on the same "
-            "unseen task; ties count half. 50 is a coin toss.",
-            figures.improvements(scores),
-        ),
-        (
-            "trajectories",
-            "Unseen tasks on the plane",
-            "Last episodes of a few test tasks. Stars are the hidden goals, discs where the sparse reward is given.",
-            figures.trajectories(path, family, {t["index"]: t for t in tasks}),
-        ),
-        (
-            "embeddings",
-            "Task embeddings",
-            f"Embeddings of resampled contexts ({method}); dots are training tasks, triangles unseen ones. Good "
-            "embeddings are tight per task and ordered by what the tasks differ in.",
-            figures.embeddings(evaluations, config.embedding, colors, meaning),
-        ),
-        (
-            "attention",
-            "Attention of the context encoder",
-            "Weights of single transitions, by whether they carry a reward; AUC is the chance that a rewarded one "
-            "outweighs an unrewarded one (FOCAL++ Fig. 5c).",
-            figures.attention(evaluations),
-        ),
-        (
-            "sparsity",
-            "Embedding variance against sparsity",
-            "Variance of a task's embedding over contexts by their share of unrewarded transitions (FOCAL++ Fig. 6); "
-            "ticks at the bottom: Eq. 34's threshold, above which batch-wise attention is to lower it.",
-            figures.sparsity(evaluations),
-        ),
-        (
-            "context",
-            "Return against the size of the context",
-            "How much offline context of an unseen task the method needs; the last point is the counted one.",
-            figures.context_curves(evaluations, family.returns),
-        ),
-        (
-            "training",
-            "Meta-training",
-            "Scalars of every model against gradient steps, one line per seed.",
-            figures.training_curves(evaluations),
-        ),
-        (
-            "behavior",
-            "Behavior policies",
-            "Deterministic return of each task's SAC policy at its checkpoints.",
-            figures.behavior_curves(progress, references, family.returns) if progress else None,
-        ),
-        (
-            "datasets",
-            "What the datasets hold",
-            "Returns of the behavior episodes in each dataset, over the steps of a test episode.",
-            figures.dataset_returns(cards, family.returns),
-        ),
-    ]
+    drawn: dict[str, bytes | None] = {
+        "curves": figures.learning_curves(evaluations, references, family.returns),
+        "environment": environment[1] and figures.scene(environment[1]),
+        "results": figures.results(rows, references, family.returns),
+        "profiles": figures.profiles(normalized),
+        "improvement": figures.improvements(scores),
+        "trajectories": figures.trajectories(path, family, {t["index"]: t for t in tasks}),
+        "embeddings": figures.embeddings(evaluations, config.embedding, colors, meaning),
+        "attention": figures.attention(evaluations),
+        "sparsity": figures.sparsity(evaluations),
+        "context": figures.context_curves(evaluations, family.returns),
+        "training": figures.training_curves(evaluations),
+        "behavior": figures.behavior_curves(progress, references, family.returns) if progress else None,
+        "datasets": figures.dataset_returns(cards, family.returns),
+    }
+    texts = {"method": method, "environment": environment[0]}
     return [
-        page.Picture(name, title, caption, png, name if name in _WITH_NUMBERS else "")
-        for name, title, caption, png in drawn
-        if png is not None
+        page.Picture(name, title, caption.format(**texts), png, name if name in _WITH_NUMBERS else "")
+        for name, (title, caption) in _CAPTIONS.items()
+        if (png := drawn[name]) is not None
+    ]
+
+
+def _facts(
+    env: str,
+    family: Family,
+    everything: dict[str, Any],
+    cards: dict[str, Any],
+    evaluations: list[tables.Evaluation],
+) -> dict[str, Any]:
+    return {
+        "env": env,
+        "returns": family.returns,
+        "horizon": family.horizon,
+        "train_tasks": len(everything["train"]),
+        "test_tasks": len(everything["test"]),
+        "transitions": f"{next(iter(cards.values()))['rows_per_task']:,}",
+        "seeds": len({e.seed for e in evaluations}),
+        "protocol": evaluations[0].episodes["protocol"].iloc[0],
+        "version": __version__,
+        "other_form": "" if (other := family.restated()) is None else other.reward_form,
+    }
+
+
+def _links(
+    rows: list[tables.Row], evaluations: list[tables.Evaluation], folders: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return every number with the hashes of the evaluation, the model and the data behind it."""
+    return [
+        {
+            "algorithm": e.algorithm,
+            "train": e.train,
+            "test": e.test,
+            "seed": e.seed,
+            "mean": next(r for r in rows if r.cell == e.cell).seed_means[e.seed],
+            "evaluation": folders[e.folder.as_posix()]["manifest"],
+            "model": _model_hash(folders[e.folder.as_posix()]["inputs"]),
+            "data": folders.get(layout.datasets(e.train).as_posix(), {}).get("manifest", ""),
+        }
+        for e in evaluations
     ]
 
 
@@ -235,18 +273,7 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
     rows = tables.table_rows(evaluations, config)
     references = tables.reference_rows(family, tasks, progress, "script" if scripted else "single-task SAC")
     behavior = tables.behavior_rows(cards)
-    facts = {
-        "env": env,
-        "returns": family.returns,
-        "horizon": family.horizon,
-        "train_tasks": len(everything["train"]),
-        "test_tasks": len(everything["test"]),
-        "transitions": f"{next(iter(cards.values()))['rows_per_task']:,}",
-        "seeds": len({e.seed for e in evaluations}),
-        "protocol": evaluations[0].episodes["protocol"].iloc[0],
-        "version": __version__,
-        "other_form": "" if (other := family.restated()) is None else other.reward_form,
-    }
+    facts = _facts(env, family, everything, cards, evaluations)
     environment = scene.picture(family, tasks[0]["parameters"])
     curves = {} if scripted else progress  # nothing was learned
     pictures = _pictures(rows, evaluations, references, cards, curves, family, tasks, config, environment)
@@ -268,20 +295,6 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
             (place / f"{picture.name}.png").write_bytes(picture.png)
     with atomic_dir(target / "plots") as folder:
         _plots(folder, rows, evaluations, progress, config)
-    by_folder = chain["folders"]
-    links = [
-        {
-            "algorithm": e.algorithm,
-            "train": e.train,
-            "test": e.test,
-            "seed": e.seed,
-            "mean": next(r for r in rows if r.cell == e.cell).seed_means[e.seed],
-            "evaluation": by_folder[e.folder.as_posix()]["manifest"],
-            "model": _model_hash(by_folder[e.folder.as_posix()]["inputs"]),
-            "data": by_folder.get(layout.datasets(e.train).as_posix(), {}).get("manifest", ""),
-        }
-        for e in evaluations
-    ]
     published = TABLES[config.published] if config.published else None
     main, more = page.results_tables(rows, references, behavior, f"{config.confidence:.0%}", published, facts)
     html = page.render(
@@ -294,7 +307,7 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
         remark=environment[0] if environment[1] is None else "",
         datasets=page.datasets_table(cards, {name: _definition(card) for name, card in cards.items()}, behavior),
         commands=page.commands(rows[0].cell),
-        chain=page.chain_table(links),
+        chain=page.chain_table(_links(rows, evaluations, chain["folders"])),
     )
     write_text(target / "index.html", html)
 

@@ -192,7 +192,12 @@ def results_tables(
         [_text("behavior policies"), _text(name), Field(), _number(value), *behind_them]
         for name, value in behavior.items()
     ]
-    further = [
+    return _table(columns, body, lower), _further(rows, facts)
+
+
+def _further(rows: Sequence[tables.Row], facts: Mapping[str, Any]) -> Table:
+    """Return the table with more about each row."""
+    columns = [
         *(Column(column.title, text=True) for column in _CELL),
         Column("IQM", "interquartile mean: without the lowest and the highest quarter of the runs"),
         Column("training tasks", "return on the tasks of meta-training"),
@@ -206,7 +211,7 @@ def results_tables(
         Column("RMS", "mean distance between the embeddings of training tasks (FOCAL, Table 1)"),
         Column("attention AUC", "chance that a rewarded transition outweighs an unrewarded one"),
     ]
-    rest = [
+    body = [
         [
             *map(_text, row.cell),
             _number(row.summary.iqm),
@@ -220,7 +225,7 @@ def results_tables(
         ]
         for row in rows
     ]
-    return _table(columns, body, lower), _table(further, rest)
+    return _table(columns, body)
 
 
 def verdict(rows: Sequence[tables.Row]) -> str:
