@@ -360,6 +360,8 @@ def _check_shards(x: Experiment) -> None:
     """Raise unless the shards cover tasks 0..total-1 exactly once."""
     path, total = x.path, x.tasks.total
     ranges: list[tuple[int, int, str]] = []
+    if "all" in x.shards:
+        raise UserError(f"{path}: shards.all: the name is taken by the file of all tasks, data/tasks/all.json")
     for name, bounds in x.shards.items():
         if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1]:
             raise UserError(

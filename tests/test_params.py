@@ -82,6 +82,7 @@ def test_the_cells_are_those_of_the_graph():
         ("shards/015-029", [29, 15], r"shards\.015-029 = \[29, 15\]: expected \[first, last\]"),
         ("shards/015-029", "15-29", r"shards\.015-029 = '15-29': expected a valid list"),
         ("shards", {"A b": [0, 24]}, r"'A b' names a folder"),
+        ("shards", {"all": [0, 24]}, r"shards\.all: the name is taken by the file of all tasks"),
         ("seed", -1, r"seed = -1: expected greater than or equal to 0"),
         ("behavior/engine", "sb4", r"behavior\.engine = 'sb4': expected 'sb3', 'batched' or 'scripted'"),
         ("behavior/total_steps", 2001, r"behavior"),
