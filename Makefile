@@ -7,7 +7,7 @@ METAWORLD := .venv-metaworld
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup setup-metaworld test-metaworld repro test test-fast lint format bench pipelines lock clean clean-all
+.PHONY: help setup setup-metaworld test-metaworld repro test test-fast campaign lint format bench pipelines lock clean clean-all
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
@@ -44,6 +44,9 @@ test: setup  ## the whole test suite, end to end included
 
 test-fast: setup  ## unit, property and contract tests only
 	python -m pytest tests -n 2 --dist loadfile -m "not e2e"
+
+campaign: setup  ## kills, damage, hostile files and params on clones of the smoke pipeline: docs/reliability.md
+	PYTHONPATH=tests python tests/campaign --cases $(or $(CASES),500) --seed $(or $(SEED),0)
 
 lint: setup  ## ruff, format check, types
 	ruff check .
