@@ -143,3 +143,10 @@ def test_links_of_a_page_lead_somewhere(page):
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if not link.startswith("http")]
     missing = [link for link in links if not (file.parent / link).exists()]
     assert not missing, f"{page}: {missing}"
+
+
+def test_every_method_and_protocol_has_a_line_in_the_docs_and_in_the_readme():
+    page, readme = (DOCS / "algorithms.md").read_text(), (DOCS.parent / "README.md").read_text()
+    for name in registry.names("omrl.algorithms") + registry.names("omrl.evaluation.protocols"):
+        assert len(re.findall(rf"^\| `{name}` \|.{{20}}", page, re.MULTILINE)) >= 1, name
+        assert f"`{name}`" in readme, name

@@ -194,20 +194,6 @@ def test_encoder_and_decoder_stand_still_online():
     assert [same(x, copies(part)) for x, part in zip(before, parts, strict=True)] == [True, True, False, False, False]
 
 
-def test_training_goes_on_from_a_saved_state():
-    whole, first, second = make(), make(), make(9)
-    for i in range(4):
-        update(whole, made_batch(i))
-    for i in range(2):
-        update(first, made_batch(i))
-    second.load_training_state({k: v.clone() for k, v in first.training_state().items()})
-    for i in range(2, 4):
-        update(second, made_batch(i))
-    state, other = whole.training_state(), second.training_state()
-    assert state.keys() == other.keys()
-    assert all(torch.equal(state[k], other[k]) for k in state)
-
-
 def test_beliefs_are_drawn_from_prior_and_posterior():
     algorithm, context = spread(make()), made_batch()["context"]
     rng = torch.Generator().manual_seed(0)
