@@ -82,10 +82,10 @@ BCQ = BAG | {
 }  # fmt: skip
 MBML = BAG | {
     "tasks": 2, "rate": 3e-3, "gamma": 0.0, "reward_scale": 2.0, "vae_kl": 0.02, "vae_clip": 1.0, "perturbation": 0.2,
-    "candidates": 20, "bcq_steps": 500, "ensemble_width": 32,
+    "candidates": 20, "bcq_steps": 400, "ensemble_width": 32,
 }  # fmt: skip
 BOREL = {
-    "latent_dim": 2, "hidden": 16, "width": 32, "vae_steps": 500, "vae_rate": 5e-3, "vae_meta_batch": 4,
+    "latent_dim": 2, "hidden": 16, "width": 32, "vae_steps": 450, "vae_rate": 5e-3, "vae_meta_batch": 4,
     "vae_rollouts": 4, "meta_batch": 4, "rl_batch": 32, "gamma": 0.5, "reward_scale": 20.0, "actor_rate": 3e-3,
     "critic_rate": 3e-3, "decode_from": "transition", "beliefs": 6,
 }  # fmt: skip
@@ -105,22 +105,22 @@ PROMPT_DT = {
 }  # fmt: skip
 KL_DUAL = {"regularization": {"kind": "kl-dual", "policy": True, "value_penalty": True, "alpha": 2.0}}
 ARMS = {
-    "bc": Arm("bc", CLONING, 300, 1.0),
-    "bc, gaussian, metric": Arm("bc", CLONING | {"likelihood": "gaussian", "encoder_loss": "metric"}, 300, 1.0),
-    "bcq": Arm("bcq", BCQ, 500),
-    "borel": Arm("borel", BOREL, 900, short={"vae_steps": 4}, context=10),
-    "csro": Arm("csro", SOFT | {"club_width": 32, "club_depth": 2, "club_rate": 3e-3}, 400),
-    "focal": Arm("focal", SOFT, 400),
-    "focal++": Arm("focalpp", FOCALPP, 300),
-    "focal++, contrastive": Arm("focalpp", FOCALPP | {"attention": "none"}, 300),
+    "bc": Arm("bc", CLONING, 200, 1.0),
+    "bc, gaussian, metric": Arm("bc", CLONING | {"likelihood": "gaussian", "encoder_loss": "metric"}, 200, 1.0),
+    "bcq": Arm("bcq", BCQ, 350),
+    "borel": Arm("borel", BOREL, 800, short={"vae_steps": 4}, context=10),
+    "csro": Arm("csro", SOFT | {"club_width": 32, "club_depth": 2, "club_rate": 3e-3}, 250),
+    "focal": Arm("focal", SOFT, 250),
+    "focal++": Arm("focalpp", FOCALPP, 200),
+    "focal++, contrastive": Arm("focalpp", FOCALPP | {"attention": "none"}, 200),
     "macaw": Arm("macaw", MACAW, 500),
-    "mbml": Arm("mbml", MBML, 900, short={"bcq_steps": 4}),
-    "meta-bc": Arm("meta-bc", MAML | {"inner_policy_rate": 0.02, "rate_rate": 0.02, "policy_rate": 3e-3}, 300, 1.0),
+    "mbml": Arm("mbml", MBML, 650, short={"bcq_steps": 4}),
+    "meta-bc": Arm("meta-bc", MAML | {"inner_policy_rate": 0.02, "rate_rate": 0.02, "policy_rate": 3e-3}, 200, 1.0),
     "mt-ft": Arm("mt-ft", MT_FT, 300, short={"tune_steps": 2}, context=120),
     "pearl": Arm("pearl", SOFT, 800),
-    "prompt-dt": Arm("prompt-dt", PROMPT_DT, 300, 0.5),
+    "prompt-dt": Arm("prompt-dt", PROMPT_DT, 400, 0.5),
     "smac": Arm("smac", SMAC, 500),
-    "unicorn": Arm("unicorn", SOFT | {"decoder_width": 32}, 400),
+    "unicorn": Arm("unicorn", SOFT | {"decoder_width": 32}, 250),
 }
 FORMS = ARMS | {  # further ones with states of their own, which need not prove again that they learn
     "focal, probabilistic, regularized": Arm("focal", SOFT | {"encoder": "probabilistic"} | KL_DUAL, 0),

@@ -488,8 +488,6 @@ def load_tensors(algorithm: Algorithm, path: Path) -> None:
     hint = "restore it with 'dvc checkout', or rebuild it with 'dvc repro'"
     if not path.is_file():
         raise UserError(f"{path}: missing; {hint}")
-    if not path.is_file():
-        raise UserError(f"{path}: missing; {hint}")
     try:
         algorithm.load_model_state(load_file(path))
     except (SafetensorError, ValueError, RuntimeError) as error:

@@ -132,18 +132,18 @@ def build_evaluation(
         progress.advance()
         curve = _learning_curve(run, snapshots, config.protocol, progress)
     head = {"algorithm": name, "train_dataset": train, "test_dataset": test, "seed": seed, "protocol": config.protocol}
-    files: dict[str, int | None] = {EPISODES: len(run.rows), DIAGNOSTICS: None, CURVE: None}
+    written = {
+        EPISODES: _episode_table(head, run.rows),
+        EMBEDDINGS: None if embeddings is None else _embedding_table(embeddings, tasks),
+        TRAJECTORIES: _trajectory_table(last, family, tasks, config.trajectories),
+        LEARNING: _episode_table(head, curve) if curve else None,
+    }
     with atomic_dir(target) as folder:
-        write_table(folder / EPISODES, _episode_table(head, run.rows), head)
-        if embeddings is not None:
-            write_table(folder / EMBEDDINGS, _embedding_table(embeddings, tasks), head)
-            files[EMBEDDINGS] = embeddings.shape[0] * embeddings.shape[1]
-        paths = _trajectory_table(last, family, tasks, config.trajectories)
-        write_table(folder / TRAJECTORIES, paths, head)
-        files[TRAJECTORIES] = paths.num_rows
-        if curve:
-            write_table(folder / LEARNING, _episode_table(head, curve), head)
-            files[LEARNING] = len(curve)
+        files: dict[str, int | None] = {DIAGNOSTICS: None, CURVE: None}
+        for file, table in written.items():
+            if table is not None:
+                write_table(folder / file, table, head)
+                files[file] = table.num_rows
         write_json(folder / DIAGNOSTICS, found)
         shutil.copyfile(model / CURVE, folder / CURVE)
         write_manifest(
