@@ -276,7 +276,9 @@ def test_nothing_raw_reaches_the_terminal(project):
 
 
 def test_check_list_data_and_version(built):
-    assert "params.yaml: ok, 13 cells" in built.omrl("check").stdout
+    stages = built.run("dvc", "stage", "list", "--name-only").stdout.split()
+    asked = sum("@" in stage for stage in stages)  # the others are there whatever params.yaml says
+    assert f"params.yaml: ok, {asked} cells" in built.omrl("check").stdout
     listed = built.omrl("list").stdout
     for name in ("sparse-point-robot", "focal", "offline-context"):
         assert name in listed

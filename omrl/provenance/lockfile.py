@@ -92,6 +92,14 @@ def md5_of_file(path: Path) -> str:
         return hashlib.file_digest(stream, "md5").hexdigest()
 
 
+def md5_or_reason(path: Path) -> str:
+    """Return the MD5 of a file, or, where it cannot be read, what the system says: no file has that as its MD5."""
+    try:
+        return md5_of_file(path)
+    except OSError as error:
+        return f"unreadable ({(error.strerror or 'error').lower()})"
+
+
 def listing(folder: Path, md5: Callable[[Path], str] = md5_of_file) -> list[dict[str, str]]:
     """Return DVC's listing of a folder: MD5 and relative path of every file, by path."""
     entries = []
@@ -221,7 +229,7 @@ class Pipeline:
 
     def _md5(self, path: Path) -> str:
         if path not in self._hashes:
-            self._hashes[path] = md5_of_file(path)
+            self._hashes[path] = md5_or_reason(path)
         return self._hashes[path]
 
     def found(self, path: str) -> str | None:

@@ -18,15 +18,7 @@ from omrl.core.errors import UserError
 from omrl.core.files import MANIFEST, input_hash, read_manifest, sha256
 from omrl.core.progress import Progress
 from omrl.core.yamlfile import Loader
-from omrl.provenance.lockfile import LOCK, Output, Pipeline, listing, md5_of_file, md5_of_listing
-
-
-def _md5(path: Path) -> str:
-    """Return the MD5 of a file, or, where it cannot be read, what the system says."""
-    try:
-        return md5_of_file(path)
-    except OSError as error:
-        return f"unreadable ({(error.strerror or 'error').lower()})"
+from omrl.provenance.lockfile import LOCK, Output, Pipeline, listing, md5_of_listing, md5_or_reason
 
 
 def _problem(found: str, expected: str) -> str:
@@ -109,8 +101,9 @@ def _check_lock(pipeline: Pipeline) -> list[Damage]:
             and pipeline.found(path) == stage.deps[path]
             and _counts(pipeline.folder / path) != sizes
         ]
-        family, _, _ = name.partition("@")
-        if not f"{stage.command} ".startswith(f"python -m stages.{family} "):
+        family, _, key = name.partition("@")
+        program, arguments = stage.command.split()[:3], stage.command.split()[3:]
+        if program != ["python", "-m", f"stages.{family}"] or "-".join(arguments) != key:
             damage.append(Damage(lock, f"{name} has the command '{stage.command}'", again))
         damage += [Damage(lock, f"{name}: {problem}", again) for problem in _differing_params(pipeline, name)]
     return damage
@@ -170,7 +163,7 @@ def _check_output(pipeline: Pipeline, output: Output) -> tuple[int, list[Damage]
         count, damage, expected = 1, [], {output.path: output.md5}
         if not path.is_file():
             damage.append(Damage(str(path), "missing, dvc.lock records it", restore))
-        elif (now := _md5(path)) != output.md5:
+        elif (now := md5_or_reason(path)) != output.md5:
             damage.append(Damage(str(path), _problem(now, f"dvc.lock records MD5 {output.md5}"), restore))
     if not damage:
         damage += _check_counts(pipeline, output, path)
@@ -200,7 +193,7 @@ def _check_directory(
     pipeline: Pipeline, output: Output, path: Path, restore: str, cached: bool
 ) -> tuple[int, list[Damage], dict[str, str]]:
     """Compare a folder with its listing in the cache (or, where git keeps it, with the hash alone)."""
-    found = listing(path, _md5) if path.is_dir() else []
+    found = listing(path, md5_or_reason) if path.is_dir() else []
     present = {f"{output.path}/{entry['relpath']}": entry["md5"] for entry in found}
     if not cached:
         if not path.is_dir():
@@ -246,10 +239,10 @@ def _check_object(pipeline: Pipeline, md5: str, name: str, output: Output, neede
     place = pipeline.object_path(md5)
     file = pipeline.folder / name
     there = place.is_file()
-    found = _md5(place) + (".dir" if md5.endswith(".dir") else "") if there else ""
+    found = md5_or_reason(place) + (".dir" if md5.endswith(".dir") else "") if there else ""
     if found == md5 or not (there or needed):
         return []
-    sound = file.is_file() and _md5(file) == md5
+    sound = file.is_file() and md5_or_reason(file) == md5
     redo = f"'dvc commit --force {output.stage}'" if sound else f"'dvc repro --force --single-item {output.stage}'"
     repair = f"{redo} in {pipeline.folder}"
     if not there:
