@@ -116,7 +116,7 @@ def results(
     if not found:
         raise UserError("no reports/results.csv here or in pipelines/*; run 'omrl repro' first")
     if markdown is not None:
-        write_text(markdown, collect.as_markdown(found))
+        write_text(markdown, collect.as_page(found))
         print(f"{markdown}: {sum(len(result.cells) for result in found)} rows of {len(found)} pipelines")
     else:
         print(collect.as_text(found))

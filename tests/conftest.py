@@ -5,13 +5,21 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+if threading.current_thread() is threading.main_thread():
+    # 'nohup' and shells that put a job in the background have these ignored, and what a test starts inherits that
+    for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(_number) is signal.SIG_IGN:
+            signal.signal(_number, _default)
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = "pipelines/smoke"

@@ -155,7 +155,7 @@ ARGUMENTS = {
 def test_a_refused_params_file_takes_nothing_away(project):
     before = sorted(project.smoke.rglob("*"))
     project.edit_params("total_steps: 200", "totl_steps: 200")
-    done = project.run("dvc", "repro", f"{SMOKE}/dvc.yaml", check=False)
+    done = project.run("dvc", "repro", cwd=project.smoke, check=False)
     assert done.returncode != 0
     assert (
         "error: params.yaml: behavior.totl_steps: unknown key; did you mean 'total_steps'?" in done.stdout + done.stderr

@@ -204,6 +204,15 @@ def aligned(rows: list[list[str]], left: int = 3) -> list[str]:
     ]
 
 
+def as_page(results: list[Result]) -> str:
+    """Return ``as_markdown`` under a heading that says what it is."""
+    return (
+        "# Results, ours beside published\n\nThis page is generated: `omrl results --all --markdown docs/results.md`. "
+        "Every row is a cell of a committed report; n is seeds times unseen tasks, and the interval is the report's. "
+        f"The README says which tables were made by earlier code.\n\n{as_markdown(results)}"
+    )
+
+
 def as_markdown(results: list[Result]) -> str:
     """Return one Markdown table over everything, each row with its protocol and source."""
     titles = ["pipeline", "environment", "algorithm", "trained on", "test context", "protocol", "return", "interval",
