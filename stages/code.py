@@ -7,7 +7,7 @@ from pathlib import Path
 from omrl.behavior.base import ENGINES
 from omrl.core import layout, registry
 from omrl.core.errors import UserError
-from omrl.core.files import atomic_dir, write_json
+from omrl.core.files import atomic_dir, write_json, write_manifest
 from omrl.experiment import INSTALLED, load
 from omrl.provenance.fingerprint import OURS, fingerprint, origin
 from stages import run
@@ -30,6 +30,9 @@ def main() -> None:
             write_json(folder / kind / f"{name}.json", found)
             if module.partition(".")[0] not in OURS:
                 origins[f"{kind}/{name}"] = found | origin(module)
+        for kind in sorted({kind for kind, _ in units}):  # compared by whoever depends on one of the files
+            files = dict.fromkeys(f"{name}.json" for own, name in sorted(units) if own == kind)
+            write_manifest(folder / kind, kind="code", inputs={}, parameters={}, files=files, packages=())
         write_json(folder / layout.ORIGINS, origins)
 
 

@@ -165,6 +165,20 @@ def test_a_refused_params_file_takes_nothing_away(project):
     assert project.repro().nothing
 
 
+def test_a_changed_fingerprint_file_is_refused_by_name(project):
+    """It is sound JSON still, and would stand in the manifest of whatever is made with it."""
+    file = project.smoke / "data/code/stages/dataset.json"
+    before, stat = project.lock, file.stat()
+    file.chmod(0o644)
+    with open(file, "a") as stream:
+        stream.write("\n")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    done = project.run("python", "-m", "stages.dataset", "expert", cwd=project.smoke, check=False)
+    assert done.returncode == 2
+    assert "data/code/stages/dataset.json: damaged" in done.stderr
+    assert project.lock == before
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 1 MB, where this user may mount one."""

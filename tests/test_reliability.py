@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -342,3 +343,9 @@ def test_a_second_copy_of_a_stage_is_refused(tmp_path):
     assert done.returncode == 2
     assert f"plan.lock: process {os.getpid()} is at this work" in done.stderr
     assert not (tmp_path / "data/plan").exists()
+
+
+def test_a_file_that_may_not_grow_is_one_line():
+    line = errors.explain(OSError(errno.EFBIG, "File too large"))
+    assert line is not None
+    assert "ulimit -f" in line
