@@ -24,7 +24,10 @@ _EXTRA = {
 }
 _PR_SET_PDEATHSIG = 1
 _KEPT = "finished work is kept, run again to resume"
-_MEMORY = ("cannot allocate memory", "not enough memory", "can't allocate memory", "out of memory", "std::bad_alloc")
+_MEMORY = (
+    "cannot allocate memory", "not enough memory", "can't allocate memory", "out of memory", "std::bad_alloc",
+    "failed to map segment",
+)  # fmt: skip
 
 
 class UserError(Exception):
@@ -183,7 +186,7 @@ def explain(error: BaseException) -> str | None:
     if full or "No space left on device" in text:  # Rust and C++ libraries have no errno to show
         where = f" while writing {name}" if name else ""
         return _one_line(f"no space left on the disk{where}; free some and run again, finished work is kept")
-    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+    if (isinstance(error, OSError) and error.errno == errno.EFBIG) or "File too large" in text:
         return "a file would be larger than is allowed here (see 'ulimit -f'); raise the limit and run again"
     scarce = isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN)
     if scarce or isinstance(error, MemoryError) or any(part in text.lower() for part in _MEMORY):
