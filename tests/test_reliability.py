@@ -131,6 +131,7 @@ def test_a_message_is_one_short_printable_line():
         (ImportError("libx.so: failed to map segment from shared object: Cannot allocate memory"), "not enough memory"),
         (ImportError("libx.so: failed to map segment from shared object"), "not enough memory"),
         (OSError(errno.EFBIG, "File too large"), "ulimit -f"),
+        (OSError(errno.EMFILE, "Too many open files", "data/x"), "ulimit -n"),
         (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), "ulimit -f"),
     ],
 )

@@ -188,6 +188,8 @@ def explain(error: BaseException) -> str | None:
         return _one_line(f"no space left on the disk{where}; free some and run again, finished work is kept")
     if (isinstance(error, OSError) and error.errno == errno.EFBIG) or "File too large" in text:
         return "a file would be larger than is allowed here (see 'ulimit -f'); raise the limit and run again"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many open files (see 'ulimit -n'); raise the limit and run again"
     scarce = isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN)
     if scarce or isinstance(error, MemoryError) or any(part in text.lower() for part in _MEMORY):
         return f"not enough memory; free some, or set OMRL_WORKERS=1, and run again: {_KEPT.partition(',')[0]}"
