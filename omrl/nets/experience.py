@@ -83,19 +83,6 @@ class Experience:
 _FIELDS = ("observation", "action", "reward", "next_observation", "terminal", "signal")
 
 
-def join_steps(parts: list[Experience]) -> Experience:
-    """Return bags (or windows) of the same tasks one behind the other."""
-    first = parts[0]
-
-    def cat(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts], dim=1)
-
-    step, valid = (cat(n) if all(getattr(p, n) is not None for p in parts) else None for n in ("step", "valid"))
-    extra = {name: torch.cat([part.extra[name] for part in parts], dim=1) for name in first.extra}
-    fields = {name: cat(name) for name in _FIELDS}
-    return Experience(**fields, task=first.task, step=step, valid=valid, extra=extra)
-
-
 def from_arrays(
     columns: Mapping[str, NDArray[Any]], device: torch.device, task: NDArray[np.int64] | None = None
 ) -> Experience:
