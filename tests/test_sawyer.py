@@ -107,3 +107,16 @@ def test_random_skills_are_those_of_the_scene():
 def test_no_negative_task():
     with pytest.raises(UserError, match="task index -1 is out of range"):
         FAMILY.sample(-1, 0)
+
+
+def test_one_reward_for_actor_and_inference():
+    """SMAC's domain has one reward; a self-labelling model infers from what it labels."""
+    family = load_family("sawyer-affordances", {"reward": "success"})
+    task = family.task_array(family.sample(3, 0))[None].repeat(50, 0)
+    features = np.random.default_rng(0).uniform(-0.2, 0.8, (50, family.feature_size)).astype(np.float32)
+    dense, sparse = family.rewards(task, features, features)
+    assert family.inference_reward == "dense"
+    np.testing.assert_array_equal(dense, sparse)
+    np.testing.assert_array_equal(family.dense(task, features, features), sparse)
+    assert set(np.unique(sparse)) <= {-1.0, 0.0}
+    assert FAMILY.inference_reward == "sparse"

@@ -21,7 +21,8 @@ The tray, the side of drawer and button, and the aim are not observed.
 Action (4, float32, [-1, 1]): velocity of the hand along x, y, z as a fraction of 1 m/s; fingers, 1 open, -1 closed.
 
 Sparse reward, the reported one: 0 where the aim is met after the step, else -1. Dense: minus what is missing in
-m (distance to the goal, opening or depth). Features (8): hand, object, opening, depth. No termination. 75 steps.
+m (distance to the goal, opening or depth); with ``reward: success`` the sparse one again, as SMAC has no other.
+Features (8): hand, object, opening, depth. No termination. 75 steps.
 
 Tasks: drawer, button, tray and object are each there with probability 0.75, the side is 1 or -1, the drawer
 starts open with probability 0.5, object and tray on two of four places; then one of the aims that the scene
@@ -31,7 +32,7 @@ allows, not met at the start. ``tasks.seed`` draws them; there is no published l
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import mujoco
 import numpy as np
@@ -39,6 +40,7 @@ from numpy.typing import NDArray
 from pydantic import field_validator
 
 from omrl.core import seeding
+from omrl.core.config import Config
 from omrl.envs._mujoco import Doubles, Motion, MujocoConfig, MujocoEnv, MujocoFamily, Physics
 from omrl.envs.base import Array, Task
 
@@ -129,7 +131,14 @@ def _compile(
 
 
 class SawyerConfig(MujocoConfig):
-    """Nothing to set: the sparse reward is whether the aim is met, so it has no threshold."""
+    """What is rewarded. The sparse reward is whether the aim is met, so it has no threshold.
+
+    Attributes:
+        reward: ``shaped``: the dense reward for actor and critic, the sparse one for task inference; ``success``: the
+            sparse one for both, as SMAC has it, which labels its own steps with what it inferred from.
+    """
+
+    reward: Literal["shaped", "success"] = "shaped"
 
     @field_validator("sparse_threshold")
     @classmethod
@@ -157,6 +166,12 @@ class SawyerAffordances(MujocoFamily):
     returns = "sparse"
     context_next_observation = True
     capacity = None
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._one_reward = getattr(config, "reward", "shaped") == "success"
+        if self._one_reward:
+            self.inference_reward = "dense"  # which is the sparse one, then
 
     def sample(self, index: int, seed: int) -> Task:
         """Return scene and aim number ``index``."""
@@ -252,14 +267,15 @@ class SawyerAffordances(MujocoFamily):
         return found
 
     def dense(self, task: Array, next_observation: Array, features: Array) -> Array:
-        """Return minus what is missing."""
-        return -self.missing(task, features)
+        """Return minus what is missing, or with ``reward: success`` the sparse reward."""
+        return self.rewards(task, next_observation, features)[0]
 
     def rewards(self, task: Array, next_observation: Array, features: Array) -> tuple[Array, Array]:
         """Return the dense reward, and 0 where the aim is met, else -1."""
         missing = self.missing(task, features)
         met = missing < TOLERANCE[task[:, 0].astype(np.intp)]
-        return -missing, np.where(met, np.float32(0), np.float32(-1)).astype(np.float32)
+        sparse = np.where(met, np.float32(0), np.float32(-1)).astype(np.float32)
+        return (sparse if self._one_reward else -missing), sparse
 
     def script(self, task: Task, own: bool, sampled: int, plain: int, rng: np.random.Generator) -> ScriptedCollector:
         """Return the collector: every episode with noise has a random skill, or all do what the task wants."""
