@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from omrl.algorithms.base import Algorithm
 from omrl.core import seeding
 from omrl.data.taskdata import TaskData
-from omrl.evaluation.contexts import offline_belief
+from omrl.evaluation.contexts import offline_belief, own_size
 from omrl.nets.experience import Experience, from_arrays
 
 _FEWEST = 32  # rows of either kind that a task needs for the sparsity curve
@@ -76,6 +76,64 @@ def sample_embeddings(
             return None
         found.append(z.cpu().numpy())
     return np.stack(found, axis=1)
+
+
+def own_and_offline(
+    algorithm: Algorithm,
+    data: TaskData,
+    tasks: Sequence[dict[str, Any]],
+    own: Sequence[tuple[NDArray[np.float32], list[int]]],
+    stream: Sequence[str | int],
+    seed: int,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """Return embeddings of contexts that the agent collected, and of offline contexts of about the same size.
+
+    Args:
+        algorithm: the method.
+        data: offline data of the tasks.
+        tasks: rows of data/tasks/all.json.
+        own: of every repetition, embeddings [tasks, latent] and the transitions behind each (``Run.own``).
+        stream: of the draws.
+        seed: their root.
+
+    Returns:
+        [tasks, repetitions, latent], and twice as many offline ones; None if the method has no embedding.
+    """
+    if not own:
+        return None
+    size = own_size([n for _, sizes in own for n in sizes])
+    offline = sample_embeddings(algorithm, data, tasks, size, 2 * len(own), (*stream, "as own"), seed)
+    return None if offline is None else (np.stack([z for z, _ in own], axis=1), offline)
+
+
+def context_shift(
+    own: NDArray[np.float64], offline: NDArray[np.float64], places: Sequence[int]
+) -> dict[str, float] | None:
+    """Return how far embeddings of contexts that the agent collected itself lie from those of offline contexts.
+
+    Per task the distance between the two means, its root mean square over tasks, in units of the root mean square
+    distance of the tasks' offline means from their middle: at 1, a task's own contexts are as far off as other tasks.
+
+    Args:
+        own: [tasks, repetitions, latent].
+        offline: [tasks, 2 repetitions, latent], of contexts of the same size.
+        places: tasks that are looked at; the unit is of all.
+
+    Returns:
+        ``context_shift``, and ``context_shift_chance``, the same between the two halves of ``offline``: what the
+        draw of a context makes; None if all tasks have one embedding.
+    """
+    middle = offline.mean(axis=1)
+    unit = np.sqrt(np.square(middle - middle.mean(axis=0)).sum(-1).mean())
+    if not unit:
+        return None
+    half = own.shape[1]
+    first, second = offline[:, :half].mean(axis=1), offline[:, half:].mean(axis=1)
+
+    def apart(one: NDArray[np.float64]) -> float:
+        return float(np.sqrt(np.square(one - first)[list(places)].sum(-1).mean()) / unit)
+
+    return {"context_shift": apart(own.mean(axis=1)), "context_shift_chance": apart(second)}
 
 
 def attention(

@@ -14,7 +14,7 @@ from omrl.core import layout, seeding
 from omrl.core.files import read_json, read_manifest
 from omrl.data.parquet import read_table, verified
 from omrl.envs.base import Family
-from omrl.evaluation.evaluate import CURVE, DIAGNOSTICS, EMBEDDINGS, EPISODES, LEARNING, TRAJECTORIES
+from omrl.evaluation.evaluate import CONTEXTS, CURVE, DIAGNOSTICS, EMBEDDINGS, EPISODES, LEARNING, TRAJECTORIES
 from omrl.evaluation.statistics import Difference, Estimate, Summary, compare, improvement, summarize
 from omrl.report import ReportConfig
 from omrl.report.published import TABLES
@@ -37,11 +37,18 @@ class Evaluation:
     diagnostics: dict[str, Any]
     curve: pd.DataFrame
     learning: pd.DataFrame | None = None  # counted episodes of the snapshots; None: none were kept
+    contexts: pd.DataFrame | None = None  # embeddings of the agent's own contexts, and of offline ones; None: has none
 
     @property
     def cell(self) -> Cell:
         """The row of the table it belongs to."""
         return self.algorithm, self.train, self.test
+
+    @property
+    def learned_on(self) -> dict[str, Any] | None:
+        """What was before the model learned on in the environment, and how it did; None where none did."""
+        found: dict[str, Any] | None = self.diagnostics.get("learned_on")
+        return found
 
     @property
     def attention(self) -> dict[str, Any] | None:
@@ -65,7 +72,7 @@ def load_evaluations(planned: list[dict[str, Any]]) -> list[Evaluation]:
     for entry in planned:
         folder = evaluation_folder(entry)
         names = [EPISODES, TRAJECTORIES, DIAGNOSTICS, CURVE]
-        optional = [name for name in (EMBEDDINGS, LEARNING) if name in read_manifest(folder)["files"]]
+        optional = [name for name in (EMBEDDINGS, LEARNING, CONTEXTS) if name in read_manifest(folder)["files"]]
         paths = dict(zip([*names, *optional], verified(folder, [*names, *optional]), strict=True))
         further = {name: read_table(paths[name]).to_pandas() for name in optional}
         found.append(
@@ -81,6 +88,7 @@ def load_evaluations(planned: list[dict[str, Any]]) -> list[Evaluation]:
                 read_json(paths[DIAGNOSTICS]),
                 pd.read_csv(paths[CURVE]),
                 further.get(LEARNING),
+                further.get(CONTEXTS),
             )
         )
     return found
@@ -126,6 +134,7 @@ class Row:
     wins: Estimate | None = None  # chance that a run beats one of the best algorithm on the same task
     spread: float | None = None  # published standard deviation
     wrong: float | None = None  # the return with another task's context
+    told: float | None = None  # the return with an offline context in place of the agent's own
 
 
 def _scores(evaluations: list[Evaluation], split: str, column: str) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -160,13 +169,14 @@ def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]
         normalized = float(_scores(members, "test", "normalized").mean())
         rng = seeding.generator(0, "bootstrap", *cell)
         diagnostics = {}
-        for key in ("esr", "rms", "embedding_variance"):
-            values = [m.diagnostics[key] for m in members if m.diagnostics[key] is not None]
+        for key in ("esr", "rms", "embedding_variance", "context_shift", "context_shift_chance"):
+            values = [m.diagnostics[key] for m in members if m.diagnostics.get(key) is not None]
             if values:
                 diagnostics[key] = float(np.mean(values))
         diagnostics |= _further_diagnostics(members)
         restated = float(_scores(members, "test", "restated_return").mean())
         wrong = float(_scores(members, "test", "wrong_context_return").mean())
+        told = float(_scores(members, "test", "offline_context_return").mean())
         rivals = [other for other in cells if other[1:] == cell[1:]]
         best = max(rivals, key=lambda other: score_of[other].mean())
         behind = wins = None
@@ -190,6 +200,7 @@ def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]
                 wins,
                 spread.get(cell),
                 None if math.isnan(wrong) else wrong,
+                None if math.isnan(told) else told,
             )
         )
     return rows
@@ -282,6 +293,7 @@ def diagnostics(rows: list[Row]) -> dict[str, Any]:
                 "train_tasks_mean": row.train_tasks,
                 **({} if row.restated is None else {"restated": row.restated}),
                 **({} if row.wrong is None else {"wrong_context": row.wrong}),
+                **({} if row.told is None else {"offline_context": row.told}),
                 **({} if row.behind is None else {"behind_best": vars(row.behind)}),
                 **({} if row.wins is None else {"beats_best": vars(row.wins)}),
                 **row.diagnostics,
@@ -327,8 +339,11 @@ def markdown(
     rivals = any(row.behind is not None for row in rows)
     other_form = any(row.restated is not None for row in rows)
     swapped = any(row.wrong is not None for row in rows)
+    told = any(row.told is not None for row in rows)
+    shifted = any("context_shift" in row.diagnostics for row in rows)
     titles = ["algorithm", "trained on", "test context", "return", "interval", "IQM", "normalized", "drop"]
-    titles += ["wrong context"] * swapped + ["behind the best"] * rivals + [f"as {facts['other_form']}"] * other_form
+    titles += ["wrong context"] * swapped + ["told offline"] * told + ["shift"] * shifted
+    titles += ["behind the best"] * rivals + [f"as {facts['other_form']}"] * other_form
     compared = TABLES[config.published].quantity if config.published else ""
     if config.published:
         titles += ["published", "ours - published"] if compared == "return" else [f"{compared}, published", compared]
@@ -339,6 +354,10 @@ def markdown(
         f"{facts['seeds']} seed(s); protocol `{facts['protocol']}`. Interval: {percent} "
         "bootstrap over tasks and whole seeds." + (" Normalized: 0 random, 1 oracle." if "oracle" in references else "")
         + (" Wrong context: the same policies, told another unseen task." if swapped else "")
+        + (" Told offline: the same policies, given as many offline transitions of the task for their own." if told
+           else "")
+        + (" Shift: how far embeddings of own contexts lie from those of offline ones, where 1 is how far tasks are "
+           "apart; in brackets what drawing other offline ones makes." if shifted else "")
         + (" Behind the best: paired over tasks; ~: not supported by these data." if rivals else ""),
         "",
         f"| {' | '.join(titles)} |",
@@ -353,6 +372,10 @@ def markdown(
         ]  # fmt: skip
         if swapped:
             fields.append("" if row.wrong is None else f"{row.wrong:.2f}")
+        if told:
+            fields.append("" if row.told is None else f"{row.told:.2f}")
+        if shifted:
+            fields.append(shift_text(row))
         if rivals:
             fields.append(behind_text(row))
         if other_form:
@@ -375,6 +398,14 @@ def markdown(
         table = TABLES[config.published]
         lines += ["", f"Published: {table.citation}. {table.note}"]
     return "\n".join(lines) + "\n"
+
+
+def shift_text(row: Row) -> str:
+    """Return the shift of the embeddings, with what chance makes; empty where there is none."""
+    found = row.diagnostics
+    if "context_shift" not in found:
+        return ""
+    return f"{found['context_shift']:.2f} ({found['context_shift_chance']:.2f})"
 
 
 def behind_text(row: Row) -> str:
