@@ -138,12 +138,8 @@ def build_evaluation(
         embeddings = sample_embeddings(
             algorithm, buffers, tasks, config.embedding_context, config.embedding_resamples, stream, seed
         )
-        found = _diagnostics(run, embeddings, config)
         contexts = own_and_offline(algorithm, buffers, tasks, run.own, stream, seed)
-        if contexts is not None:
-            test_places = [i for i, t in enumerate(tasks) if t["split"] == "test"]
-            found |= context_shift(*(z.astype(np.float64) for z in contexts), test_places) or {}
-        found["learned_on"] = _learned_on(model, family)
+        found = _diagnostics(run, embeddings, contexts, config) | {"learned_on": _learned_on(model, family)}
         progress.advance()
         curve = _learning_curve(run, snapshots, config.protocol, progress)
     head = {"algorithm": name, "train_dataset": train, "test_dataset": test, "seed": seed, "protocol": config.protocol}
@@ -200,7 +196,12 @@ def _learning_curve(run: Run, snapshots: Sequence[Path], name: str, progress: Pr
     return rows
 
 
-def _diagnostics(run: Run, embeddings: NDArray[np.float32] | None, config: EvaluateConfig) -> dict[str, Any]:
+def _diagnostics(
+    run: Run,
+    embeddings: NDArray[np.float32] | None,
+    contexts: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
+    config: EvaluateConfig,
+) -> dict[str, Any]:
     """Return what the papers measure of embeddings and attention; None where a method has no such thing."""
     training, sparse = run.training(), run.family.returns == "sparse"
     found: dict[str, Any] = dict.fromkeys(("esr", "rms", "embedding_variance", "attention", "sparsity"))
@@ -210,6 +211,9 @@ def _diagnostics(run: Run, embeddings: NDArray[np.float32] | None, config: Evalu
         found["embedding_variance"] = embedding_variance(resampled)
         if len(means) > 1:
             found |= {"esr": esr(means), "rms": rms(means)}
+    if contexts is not None:
+        test = [i for i, t in enumerate(run.tasks) if t["split"] == "test"]
+        found |= context_shift(*(z.astype(np.float64) for z in contexts), test) or {}
     if sparse:
         size, seed = config.embedding_context, run.seed
         found["attention"] = attention(run.algorithm, run.data, training, size, run.stream, seed)
@@ -218,8 +222,8 @@ def _diagnostics(run: Run, embeddings: NDArray[np.float32] | None, config: Evalu
                 run.algorithm, run.data, training, config.sparsity_ratios, size, config.embedding_resamples,
                 run.stream, seed,
             )  # fmt: skip
-    contexts = {"transitions": config.embedding_context, "resamples": config.embedding_resamples}
-    return found | {"tasks": len(training), "contexts": contexts}
+    drawn = {"transitions": config.embedding_context, "resamples": config.embedding_resamples}
+    return found | {"tasks": len(training), "contexts": drawn}
 
 
 def reward_features(folder: Path, buffers: TaskData, family: Family) -> NDArray[np.float32]:
