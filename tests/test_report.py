@@ -85,7 +85,7 @@ def folder(tmp_path, monkeypatch) -> Path:
                 "context_transitions": 20 * (e + 1), "counted": e == 1, "protocol": "offline-context",
                 "return": value(*cell.values(), t["index"]) if e else -1.0,
                 "normalized": 0.5, "restated_return": 4.0 if cell["algorithm"] == "focal" else float("nan"),
-                "wrong_context_return": 1.5 if e else float("nan"), "offline_context_return": float("nan"),
+                "wrong_context_return": 1.5 if e else float("nan"),
             }
             for t in tasks for r in range(2) for e in range(2)
         ]  # fmt: skip

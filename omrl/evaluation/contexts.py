@@ -76,11 +76,6 @@ def experience_of(
     return from_arrays(fields, algorithm.device)
 
 
-def own_size(sizes: Sequence[int]) -> int:
-    """Return the size of the offline contexts to compare contexts of these sizes with: their mean."""
-    return max(1, round(float(np.mean(sizes))))
-
-
 def adapt_to_own(
     algorithm: Algorithm,
     beliefs: Belief,

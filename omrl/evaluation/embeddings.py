@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from omrl.algorithms.base import Algorithm
 from omrl.core import seeding
 from omrl.data.taskdata import TaskData
-from omrl.evaluation.contexts import offline_belief, own_size
+from omrl.evaluation.contexts import offline_belief
 from omrl.nets.experience import Experience, from_arrays
 
+OWN = "own_embedding"  # key of an evaluation's row: what the context that the agent collected was embedded as
 _FEWEST = 32  # rows of either kind that a task needs for the sparsity curve
 
 
@@ -78,11 +79,16 @@ def sample_embeddings(
     return np.stack(found, axis=1)
 
 
+def own_size(sizes: Sequence[int]) -> int:
+    """Return the size of the offline contexts to compare contexts of these sizes with: their mean."""
+    return max(1, round(float(np.mean(sizes))))
+
+
 def own_and_offline(
     algorithm: Algorithm,
     data: TaskData,
     tasks: Sequence[dict[str, Any]],
-    own: Sequence[tuple[NDArray[np.float32], list[int]]],
+    rows: Sequence[Mapping[str, Any]],
     stream: Sequence[str | int],
     seed: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
@@ -92,18 +98,21 @@ def own_and_offline(
         algorithm: the method.
         data: offline data of the tasks.
         tasks: rows of data/tasks/all.json.
-        own: of every repetition, embeddings [tasks, latent] and the transitions behind each (``Run.own``).
+        rows: of the evaluation; those of counted episodes may have an embedding under ``OWN``.
         stream: of the draws.
         seed: their root.
 
     Returns:
-        [tasks, repetitions, latent], and twice as many offline ones; None if the method has no embedding.
+        [tasks, repetitions, latent], and twice as many offline ones; None where no context was collected, or the
+        method has no embedding.
     """
-    if not own:
+    found = [row for row in rows if row.get(OWN) is not None]
+    if not found:
         return None
-    size = own_size([n for _, sizes in own for n in sizes])
-    offline = sample_embeddings(algorithm, data, tasks, size, 2 * len(own), (*stream, "as own"), seed)
-    return None if offline is None else (np.stack([z for z, _ in own], axis=1), offline)
+    own = np.stack([row[OWN] for row in found]).reshape(-1, len(tasks), len(found[0][OWN])).swapaxes(0, 1)
+    size = own_size([row["context_transitions"] for row in found])
+    offline = sample_embeddings(algorithm, data, tasks, size, 2 * own.shape[1], (*stream, "as own"), seed)
+    return None if offline is None else (own, offline)
 
 
 def context_shift(

@@ -25,6 +25,7 @@ from omrl.data.taskdata import TaskData
 from omrl.envs.base import Family
 from omrl.envs.simulate import Episodes
 from omrl.evaluation.embeddings import (
+    OWN,
     attention,
     context_shift,
     embedding_variance,
@@ -138,7 +139,7 @@ def build_evaluation(
         embeddings = sample_embeddings(
             algorithm, buffers, tasks, config.embedding_context, config.embedding_resamples, stream, seed
         )
-        contexts = own_and_offline(algorithm, buffers, tasks, run.own, stream, seed)
+        contexts = own_and_offline(algorithm, buffers, tasks, run.rows, stream, seed)
         found = _diagnostics(run, embeddings, contexts, config) | {"learned_on": _learned_on(model, family)}
         progress.advance()
         curve = _learning_curve(run, snapshots, config.protocol, progress)
@@ -188,7 +189,7 @@ def _learning_curve(run: Run, snapshots: Sequence[Path], name: str, progress: Pr
     rows: list[dict[str, Any]] = []
     for path in snapshots:
         load_tensors(run.algorithm, path)
-        once = replace(run, quick=True, rows=[], own=[])
+        once = replace(run, quick=True, rows=[])
         protocol(name).run(once)
         step = int(path.stem.partition("=")[2])
         rows += [{"step": step, **row} for row in once.rows if row["counted"]]
@@ -239,7 +240,7 @@ def _episode_table(head: dict[str, Any], rows: list[dict[str, Any]]) -> pa.Table
     columns: dict[str, Any] = {
         key: pa.array([value] * len(rows), pa.int32() if key == "seed" else pa.string()) for key, value in head.items()
     }
-    for key in rows[0]:
+    for key in [key for key in rows[0] if key != OWN]:
         kind = pa.int32() if key in integers else None
         columns[key] = pa.array([row[key] for row in rows], kind)
     return pa.table(columns)

@@ -468,7 +468,7 @@ def shift_frame(evaluations: list[Evaluation], method: str) -> pd.DataFrame:
     be compared.
 
     Returns:
-        algorithm, train, test, task, split, source, resample, x, y.
+        algorithm, train, test, task, split, source, resample, x, y, and whose plane it is.
     """
     shown = [e for e in _first_of_cells(evaluations).values() if e.contexts is not None]
     planes: dict[tuple[str, str, str], list[Evaluation]] = {}
@@ -476,12 +476,12 @@ def shift_frame(evaluations: list[Evaluation], method: str) -> pd.DataFrame:
         planes.setdefault((e.learned_on["algorithm"] if e.learned_on else e.algorithm, e.train, e.test), []).append(e)
     columns = ["algorithm", "train", "test", "task", "split", "source", "resample"]
     parts = []
-    for members in planes.values():
+    for (of, *_), members in planes.items():
         tables = [e.contexts.assign(algorithm=e.algorithm, train=e.train, test=e.test) for e in members]
         frame = pd.concat(tables)
         plane = project(np.stack(frame["embedding"].to_list()).astype(np.float64), method)
-        parts.append(frame[columns].assign(x=plane[:, 0], y=plane[:, 1]))
-    return pd.concat(parts) if parts else pd.DataFrame(columns=[*columns, "x", "y"])
+        parts.append(frame[columns].assign(x=plane[:, 0], y=plane[:, 1], plane=of))
+    return pd.concat(parts) if parts else pd.DataFrame(columns=[*columns, "x", "y", "plane"])
 
 
 def shifts(
@@ -507,6 +507,11 @@ def shifts(
                         own["x"], own["y"], c=[color_of[t] for t in own["task"]], norm=norm, cmap="viridis",
                         marker=marker, s=size, alpha=alpha, lw=1.1 if source == "own" else 0,
                     )  # fmt: skip
+            on = ["plane", "train", "test"]
+            shared = frame[(frame[on] == part[on].iloc[0]).all(axis=1)]  # one scale for the panels of one plane
+            for name, limits in (("x", axes.set_xlim), ("y", axes.set_ylim)):
+                pad = 0.04 * np.ptp(shared[name]) + 1e-9
+                limits(shared[name].min() - pad, shared[name].max() + pad)
             found = numbers.get(cell, {})
             said = f"\nshift {found['context_shift']:.2f}" if "context_shift" in found else ""
             axes.set_title(f"{_label(cell)}{said}", fontsize=8.5)

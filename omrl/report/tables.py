@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,10 +139,12 @@ class Row:
 
 
 def _scores(evaluations: list[Evaluation], split: str, column: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return [seeds, tasks]: each task's mean over the repetitions' counted episodes."""
+    """Return [seeds, tasks]: each task's mean over the repetitions' counted episodes; NaN without such a column."""
     rows = []
     for evaluation in evaluations:
         episodes = evaluation.episodes
+        if column not in episodes:
+            episodes = episodes.assign(**{column: math.nan})
         counted = episodes[episodes["counted"] & (episodes["split"] == split)]
         rows.append(counted.groupby("task", sort=True)[column].mean().to_numpy(dtype=np.float64))
     return np.stack(rows)
@@ -327,6 +330,31 @@ def drop(row: Row, rows: list[Row]) -> float | None:
     return None
 
 
+def _further_columns(rows: list[Row], facts: dict[str, Any]) -> list[tuple[str, str, Callable[[Row], str]]]:
+    """Return title, meaning and text of the columns of results.md that not every table has; those that this one has."""
+
+    def number(name: str) -> Callable[[Row], str]:
+        return lambda row: "" if (value := getattr(row, name)) is None else f"{value:.2f}"
+
+    columns = [
+        ("wrong context", "Wrong context: the same policies, told another unseen task.", number("wrong")),
+        (
+            "told offline",
+            "Told offline: the same policies, given as many offline transitions of the task for their own.",
+            number("told"),
+        ),
+        (
+            "shift",
+            "Shift: how far embeddings of own contexts lie from those of offline ones, where 1 is how far tasks are "
+            "apart; in brackets what drawing other offline ones makes.",
+            shift_text,
+        ),
+        ("behind the best", "Behind the best: paired over tasks; ~: not supported by these data.", behind_text),
+        (f"as {facts['other_form']}", "", number("restated")),
+    ]
+    return [column for column in columns if any(column[2](row) for row in rows)]
+
+
 def markdown(
     rows: list[Row],
     references: dict[str, float],
@@ -336,14 +364,9 @@ def markdown(
 ) -> str:
     """Return results.md: the table a paper would print, with what has to be known to read it."""
     percent = f"{config.confidence:.0%}"
-    rivals = any(row.behind is not None for row in rows)
-    other_form = any(row.restated is not None for row in rows)
-    swapped = any(row.wrong is not None for row in rows)
-    told = any(row.told is not None for row in rows)
-    shifted = any("context_shift" in row.diagnostics for row in rows)
+    further = _further_columns(rows, facts)
     titles = ["algorithm", "trained on", "test context", "return", "interval", "IQM", "normalized", "drop"]
-    titles += ["wrong context"] * swapped + ["told offline"] * told + ["shift"] * shifted
-    titles += ["behind the best"] * rivals + [f"as {facts['other_form']}"] * other_form
+    titles += [title for title, _, _ in further]
     compared = TABLES[config.published].quantity if config.published else ""
     if config.published:
         titles += ["published", "ours - published"] if compared == "return" else [f"{compared}, published", compared]
@@ -353,12 +376,7 @@ def markdown(
         f"{facts['returns'].capitalize()} return over {facts['horizon']} steps on {facts['test_tasks']} unseen tasks, "
         f"{facts['seeds']} seed(s); protocol `{facts['protocol']}`. Interval: {percent} "
         "bootstrap over tasks and whole seeds." + (" Normalized: 0 random, 1 oracle." if "oracle" in references else "")
-        + (" Wrong context: the same policies, told another unseen task." if swapped else "")
-        + (" Told offline: the same policies, given as many offline transitions of the task for their own." if told
-           else "")
-        + (" Shift: how far embeddings of own contexts lie from those of offline ones, where 1 is how far tasks are "
-           "apart; in brackets what drawing other offline ones makes." if shifted else "")
-        + (" Behind the best: paired over tasks; ~: not supported by these data." if rivals else ""),
+        + "".join(f" {meaning}" for _, meaning, _ in further if meaning),
         "",
         f"| {' | '.join(titles)} |",
         f"|---|---|---|---:|---|{'---:|' * (len(titles) - 5)}",
@@ -370,16 +388,7 @@ def markdown(
             f"{row.summary.iqm:.2f}", "" if row.normalized is None else f"{row.normalized:.2f}",
             "" if shift is None else f"{shift:.2f}",
         ]  # fmt: skip
-        if swapped:
-            fields.append("" if row.wrong is None else f"{row.wrong:.2f}")
-        if told:
-            fields.append("" if row.told is None else f"{row.told:.2f}")
-        if shifted:
-            fields.append(shift_text(row))
-        if rivals:
-            fields.append(behind_text(row))
-        if other_form:
-            fields.append("" if row.restated is None else f"{row.restated:.2f}")
+        fields += [text(row) for _, _, text in further]
         if config.published:
             known, ours = row.published, row.summary.mean
             if compared != "return":

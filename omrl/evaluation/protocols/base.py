@@ -64,8 +64,6 @@ class Run:
         features: [tasks, rows, width], what the reward function reads beside ``data``.
         quick: for a learning curve: one repetition, and of an offline protocol the last episode alone.
         rows: the table of episodes, filled by ``add``.
-        own: of every repetition, what the agent believed after the context that it collected itself, filled by
-            ``keep_own``: embeddings [tasks, latent], and the transitions behind each.
     """
 
     algorithm: Algorithm
@@ -78,7 +76,6 @@ class Run:
     features: NDArray[np.float32] | None = None
     quick: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
-    own: list[tuple[NDArray[np.float32], list[int]]] = field(default_factory=list)
 
     @property
     def repetitions(self) -> int:
@@ -92,12 +89,6 @@ class Run:
     def training(self) -> list[int]:
         """Return the places of the training tasks."""
         return [i for i, t in enumerate(self.tasks) if t["split"] == "train"]
-
-    def keep_own(self, belief: Belief, sizes: list[int]) -> None:
-        """Note the belief after contexts of so many own transitions, where the method has an embedding."""
-        z = self.algorithm.embedding(belief)
-        if z is not None:
-            self.own.append((z.cpu().numpy(), sizes))
 
     def episode(
         self,
@@ -151,7 +142,6 @@ class Run:
         ran: Episodes,
         counted: bool,
         wrong: NDArray[np.float64] | None = None,
-        told: NDArray[np.float64] | None = None,
         **more: Any,
     ) -> None:
         """Add a row per task.
@@ -162,7 +152,6 @@ class Run:
             ran: the episode.
             counted: does it enter the published return?
             wrong: returns of the same policy with another task's context, where that was tried.
-            told: returns of the same policy with an offline context in place of the agent's own, likewise.
             more: further columns, a value for all tasks or one each.
         """
         family = self.family
@@ -191,7 +180,6 @@ class Run:
                     "normalized": float(family.normalize(task, reported[place])),
                     "restated_return": again,
                     "wrong_context_return": float("nan") if wrong is None else float(wrong[place]),
-                    "offline_context_return": float("nan") if told is None else float(told[place]),
                     **{name: x[place] if isinstance(x, np.ndarray | list) else x for name, x in more.items()},
                 }
             )

@@ -29,7 +29,8 @@ from pydantic import Field, model_validator
 from omrl.algorithms.base import Belief, map_belief
 from omrl.core import seeding
 from omrl.envs.simulate import Episodes
-from omrl.evaluation.contexts import adapt_to_own, offline_belief, own_size
+from omrl.evaluation.contexts import adapt_to_own, offline_belief
+from omrl.evaluation.embeddings import OWN, own_size
 from omrl.evaluation.protocols.base import ProtocolConfig, Run
 
 
@@ -118,7 +119,7 @@ def run_online(run: Run, kept_share: float | None) -> Episodes:
         kept = np.ones((0, count), dtype=np.bool_)
         worst = np.full(count, -np.inf)
         for episode in range(config.episodes):
-            sizes, told = [0] * count, None
+            sizes, told, own = [0] * count, np.full(count, np.nan), None
             counted = episode == config.episodes - 1
             exploring = episode < config.exploration_episodes
             if exploring and (config.prior != "none" or not ran):
@@ -133,7 +134,7 @@ def run_online(run: Run, kept_share: float | None) -> Episodes:
                 found, sizes = adapt_to_own(algorithm, algorithm.prior(count), ran, kept, run.data.inference)
                 last = follow(found, rngs, draw)
                 if counted:
-                    run.keep_own(found, sizes)
+                    own = algorithm.embedding(found)
                     told = told_offline(run, sizes, repetition, follow)
             ran.append(last)
             kept = np.concatenate([kept, (last.returns(sparse) >= worst)[None]])
@@ -142,7 +143,8 @@ def run_online(run: Run, kept_share: float | None) -> Episodes:
                 best = max(1, round(kept_share * len(ran)))
                 worst = np.sort(returns, axis=0)[-best]
                 kept = returns >= worst
-            run.add(repetition, episode, sizes, last, counted, told=told)
+            more = {"offline_context_return": told, OWN: None if own is None else own.cpu().numpy()}
+            run.add(repetition, episode, sizes, last, counted, **more)
     return ran[-1]
 
 
