@@ -214,7 +214,7 @@ def _diagnostics(
             found |= {"esr": esr(means), "rms": rms(means)}
     if contexts is not None:
         test = [i for i, t in enumerate(run.tasks) if t["split"] == "test"]
-        found |= context_shift(*(z.astype(np.float64) for z in contexts), test) or {}
+        found |= context_shift(contexts[0].astype(np.float64), contexts[1].astype(np.float64), test) or {}
     if sparse:
         size, seed = config.embedding_context, run.seed
         found["attention"] = attention(run.algorithm, run.data, training, size, run.stream, seed)

@@ -470,15 +470,16 @@ def shift_frame(evaluations: list[Evaluation], method: str) -> pd.DataFrame:
     Returns:
         algorithm, train, test, task, split, source, resample, x, y, and whose plane it is.
     """
-    shown = [e for e in _first_of_cells(evaluations).values() if e.contexts is not None]
-    planes: dict[tuple[str, str, str], list[Evaluation]] = {}
-    for e in shown:
-        planes.setdefault((e.learned_on["algorithm"] if e.learned_on else e.algorithm, e.train, e.test), []).append(e)
+    planes: dict[tuple[str, str, str], list[pd.DataFrame]] = {}
+    for (algorithm, train, test), e in _first_of_cells(evaluations).items():
+        if e.contexts is not None:
+            before = e.learned_on["algorithm"] if e.learned_on else algorithm
+            table = e.contexts.assign(algorithm=algorithm, train=train, test=test)
+            planes.setdefault((before, train, test), []).append(table)
     columns = ["algorithm", "train", "test", "task", "split", "source", "resample"]
     parts = []
     for (of, *_), members in planes.items():
-        tables = [e.contexts.assign(algorithm=e.algorithm, train=e.train, test=e.test) for e in members]
-        frame = pd.concat(tables)
+        frame = pd.concat(members)
         plane = project(np.stack(frame["embedding"].to_list()).astype(np.float64), method)
         parts.append(frame[columns].assign(x=plane[:, 0], y=plane[:, 1], plane=of))
     return pd.concat(parts) if parts else pd.DataFrame(columns=[*columns, "x", "y", "plane"])
@@ -491,7 +492,8 @@ def shifts(
     frame = shift_frame(evaluations, method)
     if frame.empty:
         return None
-    panels_of = list(frame.groupby(["algorithm", "train", "test"], sort=False))[:9]
+    groups = frame.groupby(["algorithm", "train", "test"], sort=False)
+    panels_of = [((str(a), str(b), str(c)), part) for (a, b, c), part in groups][:9]
     numbers = {row.cell: row.diagnostics for row in rows}
     columns = min(3, len(panels_of))
 
