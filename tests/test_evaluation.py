@@ -15,7 +15,16 @@ from omrl.core.config import Config
 from omrl.data.taskdata import TaskData
 from omrl.envs.base import load_family
 from omrl.envs.simulate import Episodes
-from omrl.evaluation.embeddings import attention, embedding_variance, esr, rms, sample_embeddings, sparsity_curve
+from omrl.evaluation.embeddings import (
+    attention,
+    context_shift,
+    embedding_variance,
+    esr,
+    own_and_offline,
+    rms,
+    sample_embeddings,
+    sparsity_curve,
+)
 from omrl.evaluation.protocols.base import Run, protocol
 from omrl.evaluation.protocols.ood_checkpoint import other_tasks_context
 from omrl.nets.experience import Experience
@@ -118,9 +127,11 @@ def test_an_agent_that_knows_the_goal_has_the_oracles_return():
 
 def test_a_task_is_evaluated_the_same_whoever_else_is():
     alone, _ = evaluate(GoalReader(), episodes=2, repetitions=2, places=[4])
-    assert {row.pop("wrong_context_return") for row in alone} != {0.0}  # NaN: there is no other task
+    assert {row["wrong_context_return"] for row in alone} != {0.0}  # NaN: there is no other task
     together = [row for row in read_goals(episodes=2, repetitions=2)[0] if row["task"] == 4]
-    assert [{**row, "wrong_context_return": 0} for row in together] == [{**r, "wrong_context_return": 0} for r in alone]
+    for row in [*together, *alone]:
+        del row["wrong_context_return"]
+    assert together == alone
 
 
 def test_another_tasks_context_leads_to_its_goal():
@@ -224,8 +235,12 @@ def test_online_prior_explores_with_training_embeddings_and_uses_its_own_transit
     training = {tuple(np.float32(t["parameters"]["goal"])) for t in TASKS[:3]}
     tried = [{tuple(z.numpy()) for z in zs} for zs in algorithm.acted[: 6 * FAMILY.horizon]]
     assert set().union(*tried) == training
-    assert [c.shape for c in algorithm.contexts[1:]] == [(5, 6 * 20), (5, 7 * 20)]
-    assert all(float(c.signal.max()) <= 1 for c in algorithm.contexts[1:])
+    assert [c.shape for c in algorithm.contexts[1:]] == [(5, 6 * 20), (5, 7 * 20), (5, 7 * 20)]
+    assert all(float(c.signal.max()) <= 1 for c in algorithm.contexts[1:3])
+    assert float(algorithm.contexts[3].signal.min()) == 7  # offline, as many: what the policy would do with those
+    told = [r["offline_context_return"] for r in rows]
+    assert np.isnan(told[: 7 * 5]).all()
+    assert min(told[7 * 5 :]) > 10
     assert [r["context_transitions"] for r in rows if r["task"] == 4] == [0] * 6 + [120, 140]
     # a training task meets its own goal among six draws of three, with this seed, and stays there
     assert [r["return"] for r in rows if r["task"] == 0 and r["counted"]] > [10.0]
@@ -319,6 +334,32 @@ def test_rms_of_known_embeddings():
     corners = np.repeat(np.array([[-1.0] * 3, [1.0] * 3]), 40, axis=0)
     assert rms(corners) == pytest.approx(math.sqrt(2 * 80 / 79))  # 1.423, the most there is for 80 tasks
     assert rms(np.random.default_rng(0).uniform(-1, 1, (2000, 5))) == pytest.approx(0.816, abs=0.01)
+
+
+def test_the_shift_of_own_contexts_is_in_units_of_the_distance_of_tasks():
+    rng = np.random.default_rng(0)
+    middle = np.array([[-3.0, 0.0], [3.0, 0.0], [0.0, 4.0], [0.0, -4.0]])  # root mean square distance sqrt(12.5)
+    offline = middle[:, None] + 0.2 * rng.normal(size=(4, 400, 2))
+    own = middle[:, None] + [1.0, 1.0] + 0.2 * rng.normal(size=(4, 200, 2))
+    found = context_shift(own, offline, [2, 3])
+    assert found is not None
+    assert found["context_shift"] == pytest.approx(math.sqrt(2 / 12.5), rel=0.05)
+    # each half's mean has variance 0.04 / 200 in both dimensions
+    assert found["context_shift_chance"] == pytest.approx(math.sqrt(4 * 0.04 / 200 / 12.5), rel=0.6)
+    assert context_shift(np.zeros((4, 2, 3)), np.zeros((4, 4, 3)), [0]) is None
+
+
+def test_own_contexts_are_compared_with_offline_ones_of_their_size():
+    algorithm = Searcher()
+    run = Run(algorithm, FAMILY, buffers(), TASKS, protocol("online-prior").CONFIG(
+        episodes=3, exploration_episodes=2, repetitions=3), ("test",), 0)  # fmt: skip
+    protocol("online-prior").run(run)
+    algorithm.contexts.clear()
+    own, offline = own_and_offline(algorithm, buffers(), TASKS, run.rows, ("test",), 0)
+    assert (own.shape, offline.shape) == ((5, 3, 2), (5, 6, 2))
+    assert {c.shape for c in algorithm.contexts} == {(5, 40)}
+    goals = np.array([t["parameters"]["goal"] for t in TASKS], np.float32)
+    np.testing.assert_array_equal(offline, np.repeat(goals[:, None], 6, axis=1))
 
 
 def test_embedding_variance_is_within_tasks():

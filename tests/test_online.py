@@ -123,7 +123,13 @@ def test_pearl_collects_learns_on_and_is_evaluated(pearl):
         name="on", train="expert", test="expert", seed=0, config=config, settings=settings, family=FAMILY,
         model=folder, code=CODE, target="data/evaluations/on/expert/expert/0",
     )  # fmt: skip
-    assert len(parquet.read_table("data/evaluations/on/expert/expert/0/episodes.parquet")) == 3 * 3
+    done = "data/evaluations/on/expert/expert/0"
+    assert len(parquet.read_table(f"{done}/episodes.parquet")) == 3 * 3
+    contexts = parquet.read_table(f"{done}/contexts.parquet").to_pandas()
+    assert contexts.groupby("source").size().to_dict() == {"own": 3, "offline": 2 * 3}
+    found = read_json(f"{done}/diagnostics.json")
+    assert found["learned_on"] == {"algorithm": "mine", "rounds": 3, "updates": 6, "steps": 3 * FAMILY.horizon}
+    assert found["context_shift"] > 0
     assert folder.as_posix() in read_json("data/evaluations/on/expert/expert/0/manifest.json")["inputs"]
 
 

@@ -23,7 +23,7 @@ from omrl.provenance import fingerprint
 from omrl.report import ReportConfig, figures, scene
 from omrl.report.build import build_report
 from omrl.report.published import TABLES
-from omrl.report.tables import Evaluation, drop, load_evaluations, table_rows
+from omrl.report.tables import Evaluation, drop, evaluation_folder, load_evaluations, table_rows
 
 FAMILY = load_family("sparse-point-robot")
 CONFIG = ReportConfig(bootstrap_samples=100, published="focal-table-6")
@@ -336,6 +336,88 @@ def test_lineage_names_every_folder_behind_every_number(folder):
     assert lineage["folders"]["data/models/focal/step-4800/1"]["inputs"] == {
         "data/datasets/step-4800": lineage["folders"]["data/datasets/step-4800"]["manifest"]
     }
+
+
+def rewrite(target: Path, **changes) -> None:
+    """Change columns of an evaluation's episodes and its diagnostics, and add tables, with the manifest."""
+    episodes = pd.read_parquet(target / "episodes.parquet").assign(**changes.pop("columns", {}))
+    write_table(target / "episodes.parquet", pa.Table.from_pandas(episodes, preserve_index=False))
+    found = json.loads((target / "diagnostics.json").read_text())
+    write_json(target / "diagnostics.json", found | changes.pop("diagnostics", {}))
+    for name, table in changes.items():
+        write_table(target / f"{name}.parquet", table)
+    manifest = json.loads((target / "manifest.json").read_text())
+    files = {p.name: None for p in sorted(target.iterdir()) if p.name != "manifest.json"}
+    write_manifest(target, kind="evaluation", inputs=manifest["inputs"], parameters={}, files=files)
+
+
+def test_the_shift_of_own_contexts_is_drawn_and_told(folder):
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(24, 3)).astype(np.float32)
+    table = pa.table(
+        {
+            "task": np.tile(np.arange(6), 4), "split": (["train"] * 4 + ["test"] * 2) * 4,
+            "resample": np.repeat([0, 1, 0, 1], 6), "source": ["own"] * 12 + ["offline"] * 12,
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(points.reshape(-1)), 3),
+        }
+    )  # fmt: skip
+    rewrite(
+        folder / "data/evaluations/focalpp/step-4800/step-4800/0", contexts=table,
+        columns={"offline_context_return": 8.5},
+        diagnostics={"context_shift": 0.75, "context_shift_chance": 0.125},
+    )  # fmt: skip
+    reports = build(folder)
+    lines = (reports / "results.md").read_text().splitlines()
+    head = [part.strip() for part in next(line for line in lines if line.startswith("| algorithm")).split("|")]
+    rows = {line.split("|")[1].strip(): [part.strip() for part in line.split("|")] for line in lines if "|" in line}
+    assert [rows["focalpp"][head.index(name)] for name in ("told offline", "shift")] == ["8.50", "0.75 (0.12)"]
+    assert [rows["focal"][head.index(name)] for name in ("told offline", "shift")] == ["", ""]
+    assert (reports / "figures/shift.png").is_file()
+    frame = pd.read_csv(reports / "plots/shift.csv")
+    assert (len(frame), set(frame["source"])) == (24, {"own", "offline"})
+    assert json.loads((reports / "diagnostics.json").read_text())["focalpp"]["step-4800"]["step-4800"][
+        "offline_context"
+    ] == 8.5  # fmt: skip
+
+
+def learning_on(folder: Path) -> None:
+    """Say that focal's models were focalpp before two rounds in the environment, 30 steps per task and round."""
+    did = {"algorithm": "focalpp", "rounds": 2, "updates": 10, "steps": 30}
+    rewrite(folder / "data/evaluations/focal/step-4800/step-4800/0", diagnostics={"learned_on": did})
+    rewrite(folder / "data/evaluations/focal/step-4800/step-4800/1")
+    plan = json.loads(Path("data/plan/cells.json").read_text())
+    keep = [{"algorithm": n, "train": "step-4800", "test": "step-4800", "seed": 0} for n in ("focalpp", "focal")]
+    write_json("data/plan/cells.json", plan | {"evaluations": keep})
+
+
+def test_learning_on_starts_at_the_offline_models_return_and_ends_at_the_tables(folder):
+    learning_on(folder)
+    reports = build(folder)
+    frame = pd.read_csv(reports / "plots/online.csv")
+    assert frame["env_steps"].tolist() == [0, 30, 60]
+    before, after = (
+        np.mean([value(name, "step-4800", "step-4800", 0, task) for task in (4, 5)]) for name in ("focalpp", "focal")
+    )
+    assert frame["return"].tolist() == pytest.approx([before, after / 2, after])
+    assert (frame["low"] <= frame["return"]).all()
+    assert (frame["return"] <= frame["high"]).all()
+    assert (reports / "figures/online.png").is_file()
+    assert pd.read_csv(reports / "plots/curves.csv").empty  # those steps are not of meta-training
+
+
+def test_fine_tuning_is_drawn_over_the_steps_of_its_rounds(folder):
+    plan = json.loads(Path("data/plan/cells.json").read_text())
+    for cell in plan["evaluations"]:
+        target = folder / evaluation_folder(cell)
+        # rounds of which the second counts; a training task is not tuned
+        episodes = pd.read_parquet(target / "episodes.parquet")
+        rewrite(target, columns={"env_steps": np.where(episodes["split"] == "test", 40 * episodes["episode"], 0)})
+    frame = pd.read_csv(build(folder) / "plots/online.csv")
+    own = frame[(frame["algorithm"] == "focal") & (frame["train"] == "step-4800") & (frame["test"] == "step-2200")]
+    assert own["env_steps"].tolist() == [0, 40]
+    expected = np.mean([value("focal", "step-4800", "step-2200", s, t) for s in (0, 1) for t in (4, 5)])
+    assert own["return"].tolist() == pytest.approx([-1, expected])
+    assert len(frame) == 5 * 2
 
 
 def test_the_same_inputs_give_the_same_bytes(folder):

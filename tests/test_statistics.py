@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from omrl.evaluation.statistics import bootstrap_means, compare, improvement, iqm, profile, summarize
+from omrl.evaluation.statistics import bootstrap_means, compare, improvement, intervals, iqm, profile, summarize
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=60))
@@ -45,6 +45,14 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         summary = summarize(rng.normal(size=(1, 30)), 400, 0.9, rng)
         hits += summary.low <= 0 <= summary.high
     assert 0.84 <= hits / 300 <= 0.94
+
+
+def test_a_curve_has_the_interval_of_a_table_at_each_of_its_points():
+    curve = np.random.default_rng(0).normal(size=(4, 3, 5))
+    low, high = intervals(curve, 200, 0.9, np.random.default_rng(1))
+    for place, scores in enumerate(curve):
+        alone = summarize(scores, 200, 0.9, np.random.default_rng(1))
+        assert (low[place], high[place]) == (pytest.approx(alone.low), pytest.approx(alone.high))
 
 
 def test_summary_of_equal_scores_is_exact():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,6 +15,7 @@ from omrl.data.taskdata import TaskData
 from omrl.evaluation.contexts import offline_belief
 from omrl.nets.experience import Experience, from_arrays
 
+OWN = "own_embedding"  # key of an evaluation's row: what the context that the agent collected was embedded as
 _FEWEST = 32  # rows of either kind that a task needs for the sparsity curve
 
 
@@ -76,6 +77,72 @@ def sample_embeddings(
             return None
         found.append(z.cpu().numpy())
     return np.stack(found, axis=1)
+
+
+def own_size(sizes: Sequence[int]) -> int:
+    """Return the size of the offline contexts to compare contexts of these sizes with: their mean."""
+    return max(1, round(float(np.mean(sizes))))
+
+
+def own_and_offline(
+    algorithm: Algorithm,
+    data: TaskData,
+    tasks: Sequence[dict[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    stream: Sequence[str | int],
+    seed: int,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """Return embeddings of contexts that the agent collected, and of offline contexts of about the same size.
+
+    Args:
+        algorithm: the method.
+        data: offline data of the tasks.
+        tasks: rows of data/tasks/all.json.
+        rows: of the evaluation; those of counted episodes may have an embedding under ``OWN``.
+        stream: of the draws.
+        seed: their root.
+
+    Returns:
+        [tasks, repetitions, latent], and twice as many offline ones; None where no context was collected, or the
+        method has no embedding.
+    """
+    found = [row for row in rows if row.get(OWN) is not None]
+    if not found:
+        return None
+    own = np.stack([row[OWN] for row in found]).reshape(-1, len(tasks), len(found[0][OWN])).swapaxes(0, 1)
+    size = own_size([row["context_transitions"] for row in found])
+    offline = sample_embeddings(algorithm, data, tasks, size, 2 * own.shape[1], (*stream, "as own"), seed)
+    return None if offline is None else (own, offline)
+
+
+def context_shift(
+    own: NDArray[np.float64], offline: NDArray[np.float64], places: Sequence[int]
+) -> dict[str, float] | None:
+    """Return how far embeddings of contexts that the agent collected itself lie from those of offline contexts.
+
+    Per task the distance between the two means, its root mean square over tasks, in units of the root mean square
+    distance of the tasks' offline means from their middle: at 1, a task's own contexts are as far off as other tasks.
+
+    Args:
+        own: [tasks, repetitions, latent].
+        offline: [tasks, 2 repetitions, latent], of contexts of the same size.
+        places: tasks that are looked at; the unit is of all.
+
+    Returns:
+        ``context_shift``, and ``context_shift_chance``, the same between the two halves of ``offline``: what the
+        draw of a context makes; None if all tasks have one embedding.
+    """
+    middle = offline.mean(axis=1)
+    unit = np.sqrt(np.square(middle - middle.mean(axis=0)).sum(-1).mean())
+    if not unit:
+        return None
+    half = own.shape[1]
+    first, second = offline[:, :half].mean(axis=1), offline[:, half:].mean(axis=1)
+
+    def apart(one: NDArray[np.float64]) -> float:
+        return float(np.sqrt(np.square(one - first)[list(places)].sum(-1).mean()) / unit)
+
+    return {"context_shift": apart(own.mean(axis=1)), "context_shift_chance": apart(second)}
 
 
 def attention(

@@ -18,20 +18,31 @@ from omrl.algorithms.base import load_model, load_tensors
 from omrl.core import layout, registry
 from omrl.core.config import Config, parse
 from omrl.core.errors import UserError, suggest
-from omrl.core.files import atomic_dir, input_hashes, read_json, write_json, write_manifest
+from omrl.core.files import atomic_dir, input_hashes, read_json, read_manifest, write_json, write_manifest
 from omrl.core.progress import Progress
 from omrl.data.parquet import read_transitions, verified, write_table
 from omrl.data.taskdata import TaskData
 from omrl.envs.base import Family
 from omrl.envs.simulate import Episodes
-from omrl.evaluation.embeddings import attention, embedding_variance, esr, rms, sample_embeddings, sparsity_curve
+from omrl.evaluation.embeddings import (
+    OWN,
+    attention,
+    context_shift,
+    embedding_variance,
+    esr,
+    own_and_offline,
+    rms,
+    sample_embeddings,
+    sparsity_curve,
+)
 from omrl.evaluation.protocols.base import PACKAGE, ProtocolConfig, Run, protocol
 from omrl.learning.train import CURVE
 
 LEARNING, SNAPSHOTS = "learning.parquet", "snapshot=*.safetensors"
-EPISODES, EMBEDDINGS, TRAJECTORIES, DIAGNOSTICS = (
+EPISODES, EMBEDDINGS, CONTEXTS, TRAJECTORIES, DIAGNOSTICS = (
     "episodes.parquet",
     "embeddings.parquet",
+    "contexts.parquet",
     "trajectories.parquet",
     "diagnostics.json",
 )
@@ -128,13 +139,15 @@ def build_evaluation(
         embeddings = sample_embeddings(
             algorithm, buffers, tasks, config.embedding_context, config.embedding_resamples, stream, seed
         )
-        found = _diagnostics(run, embeddings, config)
+        contexts = own_and_offline(algorithm, buffers, tasks, run.rows, stream, seed)
+        found = _diagnostics(run, embeddings, contexts, config) | {"learned_on": _learned_on(model, family)}
         progress.advance()
         curve = _learning_curve(run, snapshots, config.protocol, progress)
     head = {"algorithm": name, "train_dataset": train, "test_dataset": test, "seed": seed, "protocol": config.protocol}
     written = {
         EPISODES: _episode_table(head, run.rows),
         EMBEDDINGS: None if embeddings is None else _embedding_table(embeddings, tasks),
+        CONTEXTS: None if contexts is None else _context_table(*contexts, tasks),
         TRAJECTORIES: _trajectory_table(last, family, tasks, config.trajectories),
         LEARNING: _episode_table(head, curve) if curve else None,
     }
@@ -156,6 +169,21 @@ def build_evaluation(
         )
 
 
+def _learned_on(model: Path, family: Family) -> dict[str, Any] | None:
+    """Return which algorithm it was that learned on in the environment, and in each task how; None if none did."""
+    parameters = read_manifest(model)["parameters"]
+    phase = parameters.get("online")
+    if phase is None:
+        return None
+    steps = phase["episodes"] * family.horizon
+    return {
+        "algorithm": parameters["algorithm"],
+        "rounds": phase["rounds"],
+        "steps": steps,
+        "updates": phase["updates"],
+    }
+
+
 def _learning_curve(run: Run, snapshots: Sequence[Path], name: str, progress: Progress) -> list[dict[str, Any]]:
     """Return the counted episodes of every snapshot under the protocol, run once, with the gradient step beside."""
     rows: list[dict[str, Any]] = []
@@ -169,7 +197,12 @@ def _learning_curve(run: Run, snapshots: Sequence[Path], name: str, progress: Pr
     return rows
 
 
-def _diagnostics(run: Run, embeddings: NDArray[np.float32] | None, config: EvaluateConfig) -> dict[str, Any]:
+def _diagnostics(
+    run: Run,
+    embeddings: NDArray[np.float32] | None,
+    contexts: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
+    config: EvaluateConfig,
+) -> dict[str, Any]:
     """Return what the papers measure of embeddings and attention; None where a method has no such thing."""
     training, sparse = run.training(), run.family.returns == "sparse"
     found: dict[str, Any] = dict.fromkeys(("esr", "rms", "embedding_variance", "attention", "sparsity"))
@@ -179,6 +212,9 @@ def _diagnostics(run: Run, embeddings: NDArray[np.float32] | None, config: Evalu
         found["embedding_variance"] = embedding_variance(resampled)
         if len(means) > 1:
             found |= {"esr": esr(means), "rms": rms(means)}
+    if contexts is not None:
+        test = [i for i, t in enumerate(run.tasks) if t["split"] == "test"]
+        found |= context_shift(contexts[0].astype(np.float64), contexts[1].astype(np.float64), test) or {}
     if sparse:
         size, seed = config.embedding_context, run.seed
         found["attention"] = attention(run.algorithm, run.data, training, size, run.stream, seed)
@@ -187,8 +223,8 @@ def _diagnostics(run: Run, embeddings: NDArray[np.float32] | None, config: Evalu
                 run.algorithm, run.data, training, config.sparsity_ratios, size, config.embedding_resamples,
                 run.stream, seed,
             )  # fmt: skip
-    contexts = {"transitions": config.embedding_context, "resamples": config.embedding_resamples}
-    return found | {"tasks": len(training), "contexts": contexts}
+    drawn = {"transitions": config.embedding_context, "resamples": config.embedding_resamples}
+    return found | {"tasks": len(training), "contexts": drawn}
 
 
 def reward_features(folder: Path, buffers: TaskData, family: Family) -> NDArray[np.float32]:
@@ -204,7 +240,7 @@ def _episode_table(head: dict[str, Any], rows: list[dict[str, Any]]) -> pa.Table
     columns: dict[str, Any] = {
         key: pa.array([value] * len(rows), pa.int32() if key == "seed" else pa.string()) for key, value in head.items()
     }
-    for key in rows[0]:
+    for key in [key for key in rows[0] if key != OWN]:
         kind = pa.int32() if key in integers else None
         columns[key] = pa.array([row[key] for row in rows], kind)
     return pa.table(columns)
@@ -225,6 +261,14 @@ def _embedding_table(embeddings: NDArray[np.float32], tasks: Sequence[dict[str, 
             "embedding": _vectors(embeddings.reshape(-1, latent)),
         }
     )
+
+
+def _context_table(own: NDArray[np.float32], offline: NDArray[np.float32], tasks: Sequence[dict[str, Any]]) -> pa.Table:
+    """Return the embeddings of contexts with their ``source``, the agent's ``own`` episodes or ``offline`` data."""
+    parts = {"own": _embedding_table(own, tasks), "offline": _embedding_table(offline, tasks)}
+    return pa.concat_tables(
+        [table.append_column("source", pa.array([name] * len(table), pa.string())) for name, table in parts.items()]
+    ).combine_chunks()
 
 
 def _trajectory_table(last: Episodes, family: Family, tasks: Sequence[dict[str, Any]], count: int) -> pa.Table:

@@ -66,6 +66,23 @@ def bootstrap_means(scores: NDArray[np.float64], samples: int, rng: np.random.Ge
     return means
 
 
+def intervals(
+    curve: NDArray[np.float64], samples: int, confidence: float, rng: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the ends of the interval of the mean at every point of ``curve`` [points, seeds, tasks].
+
+    Tasks and whole seeds are drawn as in ``bootstrap_means``, in each replicate once for all points.
+    """
+    _, seeds, tasks = curve.shape
+    means = np.empty((samples, len(curve)))
+    for i in range(samples):
+        drawn = rng.integers(tasks, size=(tasks,))
+        means[i] = curve[:, rng.integers(seeds, size=seeds)][:, :, drawn].mean(axis=(1, 2))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
+    return low, high
+
+
 def summarize(
     scores: NDArray[np.float64] | Sequence[Sequence[float]],
     samples: int,

@@ -27,8 +27,10 @@ from omrl.envs.base import Family
 from omrl.report import ReportConfig, figures, page, scene, tables
 from omrl.report.published import TABLES
 
-_WITH_NUMBERS = ("curves", "results", "profiles", "improvement", "embeddings", "context", "training", "behavior")
-_KEPT = ("curves", "trajectories", "results", "embeddings")  # the first two that a report has go into git
+_WITH_NUMBERS = (
+    "curves", "online", "shift", "results", "profiles", "improvement", "embeddings", "context", "training", "behavior",
+)  # fmt: skip
+_KEPT = ("online", "shift", "curves", "trajectories", "results", "embeddings")  # the first two that are, go into git
 
 
 def chain_of(folder: str | Path) -> dict[str, Any]:
@@ -116,6 +118,19 @@ _CAPTIONS = {
         "Return on unseen tasks against gradient steps: the mean of the seeds, and their range. Dotted lines: the "
         "oracle, where it is known, and random actions.",
     ),
+    "online": (
+        "Return over environment steps",
+        "Return on unseen tasks against the steps that every task took in the environment while the method learned "
+        "on. It starts at what offline training alone reaches; shaded: {confidence} interval over tasks and whole "
+        "seeds. Evaluation episodes are not counted as steps.",
+    ),
+    "shift": (
+        "Contexts of one's own",
+        "Embeddings ({method}) of contexts that the agent collected itself and of offline contexts of the same size. "
+        "Where crosses lie off the dots of their color, the policy is told something that it has not seen in the "
+        "data. The number is the distance for unseen tasks, where 1 is how far tasks are apart. Models that learned "
+        "on in the environment are on the plane of the model that they were.",
+    ),
     "environment": (
         "The environment",
         "{environment}",
@@ -196,6 +211,10 @@ def _pictures(
         "results": figures.results(rows, references, family.returns),
         "profiles": figures.profiles(normalized),
         "improvement": figures.improvements(scores),
+        "online": figures.online_curves(
+            figures.online_frame(evaluations, config.bootstrap_samples, config.confidence), references, family.returns
+        ),
+        "shift": figures.shifts(evaluations, rows, config.embedding, colors, meaning),
         "trajectories": figures.trajectories(path, family, {t["index"]: t for t in tasks}),
         "embeddings": figures.embeddings(evaluations, config.embedding, colors, meaning),
         "attention": figures.attention(evaluations),
@@ -205,7 +224,7 @@ def _pictures(
         "behavior": figures.behavior_curves(progress, references, family.returns) if progress else None,
         "datasets": figures.dataset_returns(cards, family.returns),
     }
-    texts = {"method": method, "environment": environment[0]}
+    texts = {"method": method, "environment": environment[0], "confidence": f"{config.confidence:.0%}"}
     return [
         page.Picture(name, title, caption.format(**texts), png, name if name in _WITH_NUMBERS else "")
         for name, (title, caption) in _CAPTIONS.items()
@@ -354,6 +373,8 @@ def _plots(
         ),
     )
     write("curves", figures.learning_frame(evaluations))
+    write("online", figures.online_frame(evaluations, config.bootstrap_samples, config.confidence))
+    write("shift", figures.shift_frame(evaluations, config.embedding))
     write("profiles", figures.profile_frame(tables.cell_scores(evaluations, "normalized")))
     write("improvement", figures.improvement_frame(tables.cell_scores(evaluations, "return")))
     write(

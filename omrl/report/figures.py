@@ -21,8 +21,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
 from numpy.typing import NDArray
 
+from omrl.core import seeding
 from omrl.envs.base import Family
-from omrl.evaluation.statistics import chance_ahead, profile
+from omrl.evaluation.statistics import chance_ahead, intervals, profile
 from omrl.report.tables import Evaluation, Row
 
 # Okabe and Ito: told apart with any colour vision
@@ -244,7 +245,7 @@ def learning_frame(evaluations: list[Evaluation]) -> pd.DataFrame:
     """Return return on the unseen tasks against gradient steps: one row per algorithm, datasets, seed and snapshot."""
     parts = []
     for e in evaluations:
-        if e.learning is not None:
+        if e.learning is not None and e.learned_on is None:
             test = e.learning[e.learning["split"] == "test"]
             mean = test.groupby("step")[["return", "normalized"]].mean().reset_index()
             parts.append(mean.assign(algorithm=e.algorithm, train=e.train, test=e.test, seed=e.seed))
@@ -283,6 +284,103 @@ def learning_curves(evaluations: list[Evaluation], references: dict[str, float],
         _legend(figure, names)
 
     return _draw(2.6 * -(-len(pairs) // min(3, len(pairs))) + _legend_height(names), paint)
+
+
+def _in_the_environment(e: Evaluation, base: Evaluation | None) -> pd.DataFrame | None:
+    """Return point, task, env_steps and return of a model that learned on while it acted, None if it did not.
+
+    Either the protocol learns on in every test task, and its rows say after how many steps; or stage ``online`` did,
+    from ``base``, and its snapshots were evaluated. Of that the ends are the two models' counted episodes, as in the
+    table.
+    """
+    columns = ["point", "task", "env_steps", "return"]
+    test = e.episodes[e.episodes["split"] == "test"]
+    if "env_steps" in test and test["env_steps"].any():
+        return test.rename(columns={"episode": "point"})[columns]
+    if (did := e.learned_on) is None:
+        return None
+    end = did["rounds"] * did["updates"]
+    parts = [] if e.learning is None else [e.learning[(e.learning["split"] == "test") & (e.learning["step"] < end)]]
+    for step, model in ((0, base), (end, e)):
+        if model is not None:
+            ran = model.episodes
+            parts.append(ran[ran["counted"] & (ran["split"] == "test")].assign(step=step))
+    points = pd.concat(parts)
+    return points.assign(point=points["step"], env_steps=points["step"] // did["updates"] * did["steps"])[columns]
+
+
+def online_frame(evaluations: list[Evaluation], samples: int, confidence: float) -> pd.DataFrame:
+    """Return the mean return on unseen tasks over environment steps per task, with its interval.
+
+    Args:
+        evaluations: all of the report.
+        samples: bootstrap replicates, of tasks and whole seeds.
+        confidence: of the interval.
+
+    Returns:
+        algorithm, train, test, env_steps, return, low, high; no rows where nothing learned on in the environment.
+    """
+    known = {(*e.cell, e.seed): e for e in evaluations}
+    parts = []
+    for cell in dict.fromkeys(e.cell for e in evaluations):
+        found = []
+        for e in [e for e in evaluations if e.cell == cell]:
+            base = known.get((e.learned_on["algorithm"], *cell[1:], e.seed)) if e.learned_on else None
+            if (points := _in_the_environment(e, base)) is not None:
+                found.append(points.assign(seed=e.seed))
+        if not found:
+            continue
+        frame = pd.concat(found)
+        means = frame.groupby(["point", "seed", "task"])["return"].mean()
+        scores = means.to_numpy().reshape(*(means.index.get_level_values(i).nunique() for i in range(3)))
+        low, high = intervals(scores, samples, confidence, seeding.generator(0, "bootstrap", *cell))
+        curve = pd.DataFrame(
+            {
+                "env_steps": frame.groupby("point")["env_steps"].mean().to_numpy(),
+                "return": scores.mean(axis=(1, 2)),
+                "low": low,
+                "high": high,
+            }
+        )
+        parts.append(curve.assign(algorithm=cell[0], train=cell[1], test=cell[2]))
+    columns = ["algorithm", "train", "test", "env_steps", "return", "low", "high"]
+    return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def online_curves(frame: pd.DataFrame, references: dict[str, float], returns: str) -> bytes | None:
+    """Draw an ``online_frame``, a panel per pair of datasets; None if it has no rows."""
+    if frame.empty:
+        return None
+    pairs = _matched_first(zip(frame["train"], frame["test"], strict=True))
+    names = list(dict.fromkeys(frame["algorithm"]))
+    columns = min(3, len(pairs))
+
+    def paint(figure: Figure) -> None:
+        panels = figure.subplots(-(-len(pairs) // columns), columns, squeeze=False, sharey=True).reshape(-1)
+        for axes, (train, test) in zip(panels, pairs, strict=False):
+            here = frame[(frame["train"] == train) & (frame["test"] == test)]
+            for name in [n for n in names if n in set(here["algorithm"])]:
+                own = here[here["algorithm"] == name]
+                color, style = _line(names.index(name))
+                axes.plot(own["env_steps"], own["return"], style, color=color, lw=1.8,
+                          marker="o" if len(own) <= 30 else "", ms=3.5)  # fmt: skip
+                axes.fill_between(own["env_steps"], own["low"], own["high"], color=color, alpha=0.13, lw=0)
+            for name, value in references.items():
+                if name in ("oracle", "random"):
+                    axes.axhline(value, color="0.45", lw=0.9, ls="--" if name == "oracle" else ":")
+                    axes.annotate(
+                        name, (1, value), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+                        ha="right", fontsize=8, color="0.3",
+                    )  # fmt: skip
+            axes.set_title(f"trained on {train}, context {test}", fontsize=9)
+            axes.set_xlabel("environment steps of every task")
+        for axes in panels[len(pairs) :]:
+            axes.set_visible(False)
+        panels[0].set_ylabel(f"{returns} return, unseen tasks")
+        _legend(figure, names)
+
+    height = 3.4 if len(pairs) == 1 else 2.6 * -(-len(pairs) // columns)
+    return _draw(height + _legend_height(names), paint)
 
 
 def behavior_curves(progress: dict[int, pd.DataFrame], references: dict[str, float], returns: str) -> bytes:
@@ -361,6 +459,76 @@ def embeddings(evaluations: list[Evaluation], method: str, color_of: dict[int, f
         figure.colorbar(mapper, ax=list(panels), label=meaning, shrink=0.7, aspect=30)
 
     return _draw(2.8 * -(-len(chosen) // columns) + 0.2, paint)
+
+
+def shift_frame(evaluations: list[Evaluation], method: str) -> pd.DataFrame:
+    """Return the projected embeddings of own and offline contexts of every cell's first seed.
+
+    A model that learned on in the environment is put on the plane of the one that it was before, so that the two can
+    be compared.
+
+    Returns:
+        algorithm, train, test, task, split, source, resample, x, y, and whose plane it is.
+    """
+    planes: dict[tuple[str, str, str], list[pd.DataFrame]] = {}
+    for (algorithm, train, test), e in _first_of_cells(evaluations).items():
+        if e.contexts is not None:
+            before = e.learned_on["algorithm"] if e.learned_on else algorithm
+            table = e.contexts.assign(algorithm=algorithm, train=train, test=test)
+            planes.setdefault((before, train, test), []).append(table)
+    columns = ["algorithm", "train", "test", "task", "split", "source", "resample"]
+    parts = []
+    for (of, *_), members in planes.items():
+        frame = pd.concat(members)
+        plane = project(np.stack(frame["embedding"].to_list()).astype(np.float64), method)
+        parts.append(frame[columns].assign(x=plane[:, 0], y=plane[:, 1], plane=of))
+    return pd.concat(parts) if parts else pd.DataFrame(columns=[*columns, "x", "y", "plane"])
+
+
+def shifts(
+    evaluations: list[Evaluation], rows: list[Row], method: str, color_of: dict[int, float], meaning: str
+) -> bytes | None:
+    """Draw embeddings of offline contexts and of those that the agent collected, a panel per cell; None without."""
+    frame = shift_frame(evaluations, method)
+    if frame.empty:
+        return None
+    groups = frame.groupby(["algorithm", "train", "test"], sort=False)
+    panels_of = [((str(a), str(b), str(c)), part) for (a, b, c), part in groups][:9]
+    numbers = {row.cell: row.diagnostics for row in rows}
+    columns = min(3, len(panels_of))
+
+    def paint(figure: Figure) -> None:
+        panels = np.atleast_1d(figure.subplots(-(-len(panels_of) // columns), columns)).reshape(-1)
+        values = np.array(list(color_of.values()))
+        norm = mpl.colors.Normalize(values.min(), values.max())
+        for axes, (cell, part) in zip(panels, panels_of, strict=False):
+            for source, marker, size in (("offline", "o", 10), ("own", "x", 22)):
+                for split, alpha in (("train", 0.35), ("test", 1.0)):
+                    own = part[(part["source"] == source) & (part["split"] == split)]
+                    axes.scatter(
+                        own["x"], own["y"], c=[color_of[t] for t in own["task"]], norm=norm, cmap="viridis",
+                        marker=marker, s=size, alpha=alpha, lw=1.1 if source == "own" else 0,
+                    )  # fmt: skip
+            on = ["plane", "train", "test"]
+            shared = frame[(frame[on] == part[on].iloc[0]).all(axis=1)]  # one scale for the panels of one plane
+            for name, limits in (("x", axes.set_xlim), ("y", axes.set_ylim)):
+                pad = 0.04 * np.ptp(shared[name]) + 1e-9
+                limits(shared[name].min() - pad, shared[name].max() + pad)
+            found = numbers.get(cell, {})
+            said = f"\nshift {found['context_shift']:.2f}" if "context_shift" in found else ""
+            axes.set_title(f"{_label(cell)}{said}", fontsize=8.5)
+            axes.set_xticks([])
+            axes.set_yticks([])
+        for axes in panels[len(panels_of) :]:
+            axes.set_visible(False)
+        figure.colorbar(mpl.cm.ScalarMappable(norm, "viridis"), ax=list(panels), label=meaning, shrink=0.7, aspect=30)
+        kinds = [("o", "offline context"), ("x", "collected by the agent"), ("", "pale: training tasks")]
+        figure.legend(
+            handles=[Line2D([], [], color="0.2", ls="none", marker=m, label=label) for m, label in kinds],
+            loc="outside lower center", ncols=3,
+        )  # fmt: skip
+
+    return _draw(3.0 * -(-len(panels_of) // columns) + 0.4, paint)
 
 
 def trajectories(evaluation: Evaluation, family: Family, tasks: dict[int, dict[str, Any]]) -> bytes | None:

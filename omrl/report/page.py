@@ -121,6 +121,11 @@ def _wins(row: tables.Row) -> Field:
     return Field(f"{100 * row.wins.mean:.0f} %", f"{row.wins.mean:.9g}", f"{low} to {high} %")
 
 
+def _shift(row: tables.Row) -> Field:
+    chance = row.diagnostics.get("context_shift_chance")
+    return _number(row.diagnostics.get("context_shift"), "" if chance is None else _plain(chance, 2))
+
+
 def _published(row: tables.Row, quantity: str) -> list[Field]:
     """Return the published value with its spread, and ours minus it (or our own value of the same quantity)."""
     if row.published is None:
@@ -205,6 +210,17 @@ def _further(rows: Sequence[tables.Row], facts: Mapping[str, Any]) -> Table:
             "wrong context",
             "return of the same policies where they are told another unseen task; a method that uses its context falls",
         ),
+        Column(
+            "told offline",
+            "return of the same policies where as many offline transitions of the task stand for those that the agent "
+            "collected; well above the return: the shift between the two hurts",
+        ),
+        Column(
+            "shift",
+            "how far embeddings of contexts that the agent collected lie from those of offline contexts of the same "
+            "size, on unseen tasks; at 1 a task's own are as far off as other tasks. Below it what drawing other "
+            "offline contexts makes",
+        ),
         Column("drop", "return with matching test context minus this one: the price of a shift in the context"),
         Column(f"as {facts['other_form']}", "return of the same episodes under the other form of the sparse reward"),
         Column("ESR", "share of pairs of training tasks whose embeddings are told apart (FOCAL, Table 1)"),
@@ -217,6 +233,8 @@ def _further(rows: Sequence[tables.Row], facts: Mapping[str, Any]) -> Table:
             _number(row.summary.iqm),
             _number(row.train_tasks),
             _number(row.wrong),
+            _number(row.told),
+            _shift(row),
             _number(tables.drop(row, list(rows))),
             _number(row.restated),
             _number(row.diagnostics.get("esr")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from omrl.core import layout, seeding
 from omrl.core.files import read_json, read_manifest
 from omrl.data.parquet import read_table, verified
 from omrl.envs.base import Family
-from omrl.evaluation.evaluate import CURVE, DIAGNOSTICS, EMBEDDINGS, EPISODES, LEARNING, TRAJECTORIES
+from omrl.evaluation.evaluate import CONTEXTS, CURVE, DIAGNOSTICS, EMBEDDINGS, EPISODES, LEARNING, TRAJECTORIES
 from omrl.evaluation.statistics import Difference, Estimate, Summary, compare, improvement, summarize
 from omrl.report import ReportConfig
 from omrl.report.published import TABLES
@@ -37,11 +38,18 @@ class Evaluation:
     diagnostics: dict[str, Any]
     curve: pd.DataFrame
     learning: pd.DataFrame | None = None  # counted episodes of the snapshots; None: none were kept
+    contexts: pd.DataFrame | None = None  # embeddings of the agent's own contexts, and of offline ones; None: has none
 
     @property
     def cell(self) -> Cell:
         """The row of the table it belongs to."""
         return self.algorithm, self.train, self.test
+
+    @property
+    def learned_on(self) -> dict[str, Any] | None:
+        """What was before the model learned on in the environment, and how it did; None where none did."""
+        found: dict[str, Any] | None = self.diagnostics.get("learned_on")
+        return found
 
     @property
     def attention(self) -> dict[str, Any] | None:
@@ -65,7 +73,7 @@ def load_evaluations(planned: list[dict[str, Any]]) -> list[Evaluation]:
     for entry in planned:
         folder = evaluation_folder(entry)
         names = [EPISODES, TRAJECTORIES, DIAGNOSTICS, CURVE]
-        optional = [name for name in (EMBEDDINGS, LEARNING) if name in read_manifest(folder)["files"]]
+        optional = [name for name in (EMBEDDINGS, LEARNING, CONTEXTS) if name in read_manifest(folder)["files"]]
         paths = dict(zip([*names, *optional], verified(folder, [*names, *optional]), strict=True))
         further = {name: read_table(paths[name]).to_pandas() for name in optional}
         found.append(
@@ -81,6 +89,7 @@ def load_evaluations(planned: list[dict[str, Any]]) -> list[Evaluation]:
                 read_json(paths[DIAGNOSTICS]),
                 pd.read_csv(paths[CURVE]),
                 further.get(LEARNING),
+                further.get(CONTEXTS),
             )
         )
     return found
@@ -126,13 +135,16 @@ class Row:
     wins: Estimate | None = None  # chance that a run beats one of the best algorithm on the same task
     spread: float | None = None  # published standard deviation
     wrong: float | None = None  # the return with another task's context
+    told: float | None = None  # the return with an offline context in place of the agent's own
 
 
 def _scores(evaluations: list[Evaluation], split: str, column: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return [seeds, tasks]: each task's mean over the repetitions' counted episodes."""
+    """Return [seeds, tasks]: each task's mean over the repetitions' counted episodes; NaN without such a column."""
     rows = []
     for evaluation in evaluations:
         episodes = evaluation.episodes
+        if column not in episodes:
+            episodes = episodes.assign(**{column: math.nan})
         counted = episodes[episodes["counted"] & (episodes["split"] == split)]
         rows.append(counted.groupby("task", sort=True)[column].mean().to_numpy(dtype=np.float64))
     return np.stack(rows)
@@ -160,13 +172,14 @@ def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]
         normalized = float(_scores(members, "test", "normalized").mean())
         rng = seeding.generator(0, "bootstrap", *cell)
         diagnostics = {}
-        for key in ("esr", "rms", "embedding_variance"):
-            values = [m.diagnostics[key] for m in members if m.diagnostics[key] is not None]
+        for key in ("esr", "rms", "embedding_variance", "context_shift", "context_shift_chance"):
+            values = [m.diagnostics[key] for m in members if m.diagnostics.get(key) is not None]
             if values:
                 diagnostics[key] = float(np.mean(values))
         diagnostics |= _further_diagnostics(members)
         restated = float(_scores(members, "test", "restated_return").mean())
         wrong = float(_scores(members, "test", "wrong_context_return").mean())
+        told = float(_scores(members, "test", "offline_context_return").mean())
         rivals = [other for other in cells if other[1:] == cell[1:]]
         best = max(rivals, key=lambda other: score_of[other].mean())
         behind = wins = None
@@ -190,6 +203,7 @@ def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]
                 wins,
                 spread.get(cell),
                 None if math.isnan(wrong) else wrong,
+                None if math.isnan(told) else told,
             )
         )
     return rows
@@ -282,6 +296,7 @@ def diagnostics(rows: list[Row]) -> dict[str, Any]:
                 "train_tasks_mean": row.train_tasks,
                 **({} if row.restated is None else {"restated": row.restated}),
                 **({} if row.wrong is None else {"wrong_context": row.wrong}),
+                **({} if row.told is None else {"offline_context": row.told}),
                 **({} if row.behind is None else {"behind_best": vars(row.behind)}),
                 **({} if row.wins is None else {"beats_best": vars(row.wins)}),
                 **row.diagnostics,
@@ -315,6 +330,31 @@ def drop(row: Row, rows: list[Row]) -> float | None:
     return None
 
 
+def _further_columns(rows: list[Row], facts: dict[str, Any]) -> list[tuple[str, str, Callable[[Row], str]]]:
+    """Return title, meaning and text of the columns of results.md that not every table has; those that this one has."""
+
+    def number(name: str) -> Callable[[Row], str]:
+        return lambda row: "" if (value := getattr(row, name)) is None else f"{value:.2f}"
+
+    columns = [
+        ("wrong context", "Wrong context: the same policies, told another unseen task.", number("wrong")),
+        (
+            "told offline",
+            "Told offline: the same policies, given as many offline transitions of the task for their own.",
+            number("told"),
+        ),
+        (
+            "shift",
+            "Shift: how far embeddings of own contexts lie from those of offline ones, where 1 is how far tasks are "
+            "apart; in brackets what drawing other offline ones makes.",
+            shift_text,
+        ),
+        ("behind the best", "Behind the best: paired over tasks; ~: not supported by these data.", behind_text),
+        (f"as {facts['other_form']}", "", number("restated")),
+    ]
+    return [column for column in columns if any(column[2](row) for row in rows)]
+
+
 def markdown(
     rows: list[Row],
     references: dict[str, float],
@@ -324,11 +364,9 @@ def markdown(
 ) -> str:
     """Return results.md: the table a paper would print, with what has to be known to read it."""
     percent = f"{config.confidence:.0%}"
-    rivals = any(row.behind is not None for row in rows)
-    other_form = any(row.restated is not None for row in rows)
-    swapped = any(row.wrong is not None for row in rows)
+    further = _further_columns(rows, facts)
     titles = ["algorithm", "trained on", "test context", "return", "interval", "IQM", "normalized", "drop"]
-    titles += ["wrong context"] * swapped + ["behind the best"] * rivals + [f"as {facts['other_form']}"] * other_form
+    titles += [title for title, _, _ in further]
     compared = TABLES[config.published].quantity if config.published else ""
     if config.published:
         titles += ["published", "ours - published"] if compared == "return" else [f"{compared}, published", compared]
@@ -338,8 +376,7 @@ def markdown(
         f"{facts['returns'].capitalize()} return over {facts['horizon']} steps on {facts['test_tasks']} unseen tasks, "
         f"{facts['seeds']} seed(s); protocol `{facts['protocol']}`. Interval: {percent} "
         "bootstrap over tasks and whole seeds." + (" Normalized: 0 random, 1 oracle." if "oracle" in references else "")
-        + (" Wrong context: the same policies, told another unseen task." if swapped else "")
-        + (" Behind the best: paired over tasks; ~: not supported by these data." if rivals else ""),
+        + "".join(f" {meaning}" for _, meaning, _ in further if meaning),
         "",
         f"| {' | '.join(titles)} |",
         f"|---|---|---|---:|---|{'---:|' * (len(titles) - 5)}",
@@ -351,12 +388,7 @@ def markdown(
             f"{row.summary.iqm:.2f}", "" if row.normalized is None else f"{row.normalized:.2f}",
             "" if shift is None else f"{shift:.2f}",
         ]  # fmt: skip
-        if swapped:
-            fields.append("" if row.wrong is None else f"{row.wrong:.2f}")
-        if rivals:
-            fields.append(behind_text(row))
-        if other_form:
-            fields.append("" if row.restated is None else f"{row.restated:.2f}")
+        fields += [text(row) for _, _, text in further]
         if config.published:
             known, ours = row.published, row.summary.mean
             if compared != "return":
@@ -375,6 +407,14 @@ def markdown(
         table = TABLES[config.published]
         lines += ["", f"Published: {table.citation}. {table.note}"]
     return "\n".join(lines) + "\n"
+
+
+def shift_text(row: Row) -> str:
+    """Return the shift of the embeddings, with what chance makes; empty where there is none."""
+    found = row.diagnostics
+    if "context_shift" not in found:
+        return ""
+    return f"{found['context_shift']:.2f} ({found['context_shift_chance']:.2f})"
 
 
 def behind_text(row: Row) -> str:

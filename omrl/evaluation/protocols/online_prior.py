@@ -11,20 +11,26 @@ collected so far. Which prior, ``prior`` says:
 
 With ``resample: step`` the belief is drawn anew before every step of the exploration, instead of once per episode.
 Later episodes follow the belief itself, or, where the method has a posterior, draws from it (``posterior``).
+
+Beside every counted episode stands one of the same policy that is told the task by as many offline transitions
+(``offline_context_return``): a method that suffers from the shift between the two is better there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from omrl.algorithms.base import Belief, map_belief
 from omrl.core import seeding
 from omrl.envs.simulate import Episodes
 from omrl.evaluation.contexts import adapt_to_own, offline_belief
+from omrl.evaluation.embeddings import OWN, own_size
 from omrl.evaluation.protocols.base import ProtocolConfig, Run
 
 
@@ -94,6 +100,17 @@ def run_online(run: Run, kept_share: float | None) -> Episodes:
     config: OnlineConfig = run.config
     algorithm, sparse, count = run.algorithm, run.family.returns == "sparse", len(run.tasks)
     prior = Prior(run)
+
+    def follow(found: Belief, rngs: Sequence[np.random.Generator], draw: torch.Generator) -> Episodes:
+        belief = found if config.posterior == "mean" else algorithm.sample(found, draw)
+        before_step: Callable[[Belief, int], Belief] | None = None
+        if config.posterior == "step":
+
+            def before_step(belief: Belief, t: int) -> Belief:
+                return algorithm.sample(found, draw) if t else belief
+
+        return run.episode(belief, rngs, before_step=before_step)[0]
+
     ran: list[Episodes] = []
     for repetition in range(run.repetitions):
         rngs = run.streams(repetition)
@@ -102,23 +119,23 @@ def run_online(run: Run, kept_share: float | None) -> Episodes:
         kept = np.ones((0, count), dtype=np.bool_)
         worst = np.full(count, -np.inf)
         for episode in range(config.episodes):
-            sizes, before_step = [0] * count, None
+            sizes, told, own = [0] * count, np.full(count, np.nan), None
+            counted = episode == config.episodes - 1
             exploring = episode < config.exploration_episodes
             if exploring and (config.prior != "none" or not ran):
-                belief = prior.draw(rngs, draw)
+                belief, before_step = prior.draw(rngs, draw), None
                 if config.resample == "step":
 
                     def before_step(belief: Belief, t: int) -> Belief:
                         return prior.draw(rngs, draw) if t else belief  # noqa: B023 - used in this pass alone
+
+                last, _ = run.episode(belief, rngs, before_step=before_step)
             else:
                 found, sizes = adapt_to_own(algorithm, algorithm.prior(count), ran, kept, run.data.inference)
-                belief = found if config.posterior == "mean" else algorithm.sample(found, draw)
-                if config.posterior == "step":
-
-                    def before_step(belief: Belief, t: int) -> Belief:
-                        return algorithm.sample(found, draw) if t else belief  # noqa: B023 - used in this pass alone
-
-            last, _ = run.episode(belief, rngs, before_step=before_step)
+                last = follow(found, rngs, draw)
+                if counted:
+                    own = algorithm.embedding(found)
+                    told = told_offline(run, sizes, repetition, follow)
             ran.append(last)
             kept = np.concatenate([kept, (last.returns(sparse) >= worst)[None]])
             if kept_share is not None and episode == config.exploration_episodes - 1:
@@ -126,8 +143,22 @@ def run_online(run: Run, kept_share: float | None) -> Episodes:
                 best = max(1, round(kept_share * len(ran)))
                 worst = np.sort(returns, axis=0)[-best]
                 kept = returns >= worst
-            run.add(repetition, episode, sizes, last, counted=episode == config.episodes - 1)
+            more = {"offline_context_return": told, OWN: None if own is None else own.cpu().numpy()}
+            run.add(repetition, episode, sizes, last, counted, **more)
     return ran[-1]
+
+
+def told_offline(
+    run: Run,
+    sizes: Sequence[int],
+    repetition: int,
+    follow: Callable[[Belief, Sequence[np.random.Generator], torch.Generator], Episodes],
+) -> NDArray[np.float64]:
+    """Return what every task's policy collects, told by about as many offline transitions, [tasks]."""
+    rngs = run.streams(repetition, "told offline")
+    found = offline_belief(run.algorithm, run.data, own_size(sizes), rngs)
+    draw = torch.Generator().manual_seed(seeding.integer(run.seed, *run.stream, "told offline", repetition))
+    return follow(found, rngs, draw).returns(run.family.returns == "sparse")
 
 
 def run(run: Run) -> Episodes:
