@@ -141,6 +141,18 @@ def compare(
 
 
 @app.command()
+def experiments(
+    pipeline: Annotated[str | None, typer.Argument(help="a folder, or a name in pipelines/; else the one here")] = None,
+    commits: Annotated[int, typer.Option("-n", "--num", min=1, help="so many of the last commits, too")] = 1,
+) -> None:
+    """Show DVC's experiments beside each other: params that differ, then every result."""
+    from omrl.report.experiments import experiments as table
+    from omrl.running.schedule import find_folder
+
+    print(table(find_folder(pipeline), commits))
+
+
+@app.command()
 def lineage(
     target: Annotated[
         str,
@@ -213,6 +225,19 @@ def verify(
         print(f"{folder}: {checked} files and cache objects checked, {len(damage)} damaged")
     if total:
         raise typer.Exit(1)
+
+
+@app.command()
+def seeds(
+    first: Annotated[int, typer.Argument(help="the first seed")],
+    last: Annotated[int, typer.Argument(help="the last one, included")],
+    file: Annotated[Path, typer.Option(help="a params.yaml")] = Path("params.yaml"),
+) -> None:
+    """Write a range of seeds into a params.yaml, as the list that DVC needs."""
+    from omrl.scaffold.seeds import write_seeds
+
+    write_seeds(file, first, last)
+    print(f"{file}: {last - first + 1} seeds")
 
 
 @app.command()

@@ -40,7 +40,8 @@ INSTALLED = "installed"  # as repository: the code is the installed package, whe
 MOST_CELLS = 20_000  # DVC reads and writes all of them at every stage
 _MOST_STEPS = 10**8  # of one task's rollouts
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
-Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+HIGHEST_SEED = 2**31 - 1
+Seed = Annotated[int, Field(ge=0, le=HIGHEST_SEED)]
 Section = Literal[
     "repository", "env", "env_config", "tasks", "shards", "seed", "behavior", "rollouts", "dataset", "relabel",
     "pairs", "algorithms", "meta_train", "seeds", "online", "evaluate", "report",
@@ -134,7 +135,13 @@ class _Top(Config):
     @classmethod
     def _listed(cls, value: object) -> object:
         if isinstance(value, dict):  # dvc.yaml's matrix would take the keys for the seeds
-            raise ValueError("expected a list such as [0, 1, 2]: DVC makes a cell of each entry, and cannot count")
+            first, last = (value.get(key) for key in ("from", "to"))
+            known = isinstance(first, int) and isinstance(last, int) and 0 <= first <= last
+            command = f"omrl seeds {first} {last}" if known else "omrl seeds 0 99"
+            raise ValueError(
+                "expected a list such as [0, 1, 2]: DVC makes a cell of each entry, and cannot count; "
+                f"'{command}' writes it"
+            )
         return value
 
 

@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, SMOKE, Project, clone
 
 from omrl.core.errors import UserError
-from omrl.running import graph, schedule
+from omrl.running import child, graph, schedule
 from omrl.running.cell import environment
 
 # two cells that may run at once, of which the first in the graph ends last; two that read them; one alone
@@ -338,3 +339,67 @@ def test_a_swap_in_parallel_is_the_serial_one(built: Project, tmp_path):
         build(project)
         locks.append(project.lock)
     assert locks[0] == locks[1]
+
+
+ODD = {"a": 1e-05, "b": 1e16, "c": None, "d": "yes", "e": "x " * 100, "f": "1e-5", "g": [], "h": {}, "i": "2\nlines\n"}
+LONG = "long-" * 30
+CELLS = """\
+stages:
+  cell:
+    matrix: {name: [first, second, NAME]}
+    cmd: echo ${item.name} > ${item.name}.txt
+    params: [odd, other]
+    outs: ["${item.name}.txt"]
+""".replace("NAME", LONG)
+
+
+def repro_odd(folder: Path, other: int, *arguments: str) -> str:
+    (folder / "params.yaml").write_text(yaml.safe_dump({"odd": ODD, "other": other}))
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("before", "cell"),
+    [("as DVC does", "second"), ("as DVC does", LONG), ("with a comment", "second"), ("none", LONG)],
+)
+def test_a_cell_is_recorded_as_dvc_does(tmp_path, before, cell):
+    """In its own process DVC reads and writes that cell's entry alone; whatever the file looks like."""
+    locks = []
+    for name, program in (("ours", [child.__file__]), ("dvc", ["-m", "dvc"])):
+        folder = tmp_path / name
+        (folder / ".dvc").mkdir(parents=True)
+        (folder / ".dvc/config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
+        (folder / "dvc.yaml").write_text(CELLS)
+        lock = folder / "dvc.lock"
+
+        if before != "none":
+            repro_odd(folder, 1, "-m", "dvc", "repro")
+        if before == "with a comment":
+            lock.write_text(lock.read_text().replace("stages:\n", "stages: # by hand\n", 1))
+        assert "Running stage" in repro_odd(folder, 2, *program, "repro", "-s", f"cell@{cell}")
+        assert "didn't change" in repro_odd(folder, 2, *program, "repro", "-s", f"cell@{cell}")
+        locks.append(lock.read_bytes())
+    assert locks[0] == locks[1]
+    assert locks[0].count(b"other: 2") == 1
+    assert locks[0].count(b"other: 1") == (0 if before == "none" else 2)
+    if before == "as DVC does":
+        order = graph.lock_order(tmp_path / "ours")
+        assert order == ["cell@first", "cell@second", f"cell@{LONG}"]
+        graph.sort_lock(tmp_path / "ours", order[::-1], order)
+        assert graph.lock_order(tmp_path / "ours") == order[::-1]
+        assert yaml.safe_load((tmp_path / "ours/dvc.lock").read_text()) == yaml.safe_load(locks[0])
+
+
+def test_only_a_lock_that_dvc_wrote_is_split(tmp_path):
+    path = tmp_path / "dvc.lock"
+    sound = "schema: '2.0'\nstages:\n  a@b:\n    cmd: x\n  '003':\n    cmd: y\n"
+    path.write_text(sound)
+    assert child.read_entries(str(path)) == {"a@b": "  a@b:\n    cmd: x\n", "003": "  '003':\n    cmd: y\n"}
+    for other in (
+        "", sound.rstrip("\n"), sound + "datasets:\n", sound + "<<<<<<< HEAD\n", sound + "  a@b:\n    cmd: z\n",
+        sound.replace("'2.0'", "'3.0'"), sound.replace("stages:", "x: 1\nstages:"),
+    ):  # fmt: skip
+        path.write_text(other)
+        assert child.read_entries(str(path)) is None, other
+    assert child.read_entries(str(tmp_path / "none")) is None

@@ -19,7 +19,8 @@ from omrl.core.files import write_json, write_manifest, write_text
 from omrl.data.parquet import write_table, write_transitions
 from omrl.data.schema import TYPES, VECTORS
 from omrl.provenance.lockfile import Pipeline
-from omrl.report import collect, comparison, folders
+from omrl.report import collect, comparison, experiments, folders
+from omrl.scaffold.seeds import write_seeds
 
 WIDTH, HEIGHT = 120, 50  # of a screen
 
@@ -91,6 +92,65 @@ def test_a_swapped_dataset_is_compared_with_what_stood_in_its_place(tmp_path):
     third = collect.Result(report(tmp_path / "c", {("bc", "expert"): 1.0}))
     with pytest.raises(UserError, match="share no row"):
         comparison.compare_results(first, third)
+
+
+def state(name: str | None, train: list[str], mean: float, **more: object) -> dict[str, object]:
+    """Return a column of ``dvc exp show --json``."""
+    params = {"env": "x", "dataset": {"train": train, "none": {}}, "long": list(range(100))}
+    row = {"mean": mean, "low": 0.0, "trained_on": train[0]}
+    metrics = {"reports/metrics/focal-1-1.json": {"data": row}, "reports/metrics/ref.json": {"data": {"mean": 13.0}}}
+    return {"rev": "0123456789", "name": name, "experiments": None, **more,
+            "data": {"params": {"params.yaml": {"data": params}}, "metrics": metrics}}  # fmt: skip
+
+
+def test_experiments_stand_side_by_side():
+    ran = {"revs": [state("waxy-dado", ["random"], 0.5), state("older", ["x"], 1.0)], "executor": None}
+    shown = [
+        state("workspace", ["medium"], 4.3586),
+        state("main", ["expert", "mixed"], 7.3586, experiments=[ran, {"revs": None}]),
+        {"rev": "f" * 40, "name": None, "data": None, "error": {"msg": "?"}, "experiments": None},
+    ]
+    assert experiments.as_text(shown).splitlines() == [
+        "params and results  workspace       main             waxy-dado",
+        "dataset.train       [medium]        [expert, mixed]  [random]",
+        "focal-1-1           4.36 on medium  7.36 on expert   0.50 on random",
+        "ref                 13.00           13.00            13.00",
+    ]
+    shown[0]["data"] = {"params": {}, "metrics": {}}
+    assert experiments.as_text(shown[:1]).splitlines()[-1].split() == ["no", "reports/metrics", "yet", "-"]
+
+
+def test_experiments_where_dvc_says_nothing(tmp_path):
+    with pytest.raises(UserError, match="'dvc exp show' says nothing: you are not inside of a DVC repository"):
+        experiments.experiments(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("a: 1 # é\nseeds: [0, 1] # some\nb: 2\n", "a: 1 # é\nseeds: [3, 4, 5] # some\nb: 2\n"),
+        ("seeds: {from: 3, to: 5}\n", "seeds: [3, 4, 5]\n"),
+        ("seeds: # of training\n- 0\n- 1\n\n# --- next\nb: 2\n", "seeds: [3, 4, 5]\n\n# --- next\nb: 2\n"),
+        ("seeds:\n  from: 3\n  to: 5 # both\n", "seeds: [3, 4, 5] # both\n"),
+    ],
+)
+def test_a_range_of_seeds_is_written_as_a_list(tmp_path, before, after):
+    path = tmp_path / "params.yaml"
+    path.write_text(before, encoding="utf-8")
+    write_seeds(path, 3, 5)
+    assert path.read_text(encoding="utf-8") == after
+    write_seeds(path, 0, 99)
+    assert yaml.safe_load(path.read_text(encoding="utf-8"))["seeds"] == list(range(100))
+    assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= WIDTH
+
+
+def test_no_range_of_seeds(tmp_path):
+    for first, last in ((-1, 3), (3, 2), (0, 2**31), (0, 20_000)):
+        with pytest.raises(UserError, match=f"seeds {first} to {last}: expected 0 <= first <= last"):
+            write_seeds(tmp_path / "params.yaml", first, last)
+    (tmp_path / "params.yaml").write_text("- seeds\n")
+    with pytest.raises(UserError, match=r"params\.yaml: seeds: missing"):
+        write_seeds(tmp_path / "params.yaml", 0, 1)
 
 
 def test_damaged_reports_are_named(tmp_path):
@@ -230,7 +290,10 @@ def test_dvcs_views_fit_a_screen_in_a_pipeline(project):
     assert len(rows) == 2 + 3
     graph = screen(project, "dvc", "dag", "--collapse-foreach-matrix", "--mermaid", cwd=at)
     assert sum("[" in line for line in graph) == 10
-    assert "dvc_plots/index.html" in screen(project, "dvc", "plots", "show", cwd=at)[-1]
+    curves = sorted(str(path.relative_to(at)) for path in (at / "reports/plots").glob("*.csv"))
+    plotted = project.run("dvc", "plots", "show", *curves, cwd=at)
+    assert "dvc_plots/index.html" in plotted.stdout
+    assert plotted.stderr == ""
     project.edit_params("train: [expert, relabelled]", "train: [medium, relabelled]")
     changed = screen(project, "dvc", "params", "diff", cwd=at)
     assert changed[-1].split(maxsplit=2)[:2] == ["params.yaml", "dataset.train"]
@@ -238,10 +301,12 @@ def test_dvcs_views_fit_a_screen_in_a_pipeline(project):
     swapped = screen(project, "dvc", "metrics", "diff", cwd=at)
     assert any(line.split()[:4] == ["reports/metrics/focal-1-1.json", "trained_on", "expert", "medium"]
                for line in swapped)  # fmt: skip
-    keep = "Experiment|.*focal-1-1.*(mean|trained_on)"
-    shown = screen(project, "dvc", "exp", "show", "--no-pager", "--drop", ".*", "--keep", keep, cwd=at)
-    assert any("workspace" in line and "medium" in line for line in shown)
-    assert any("main" in line and "expert" in line for line in shown)
+    head, swap, first, second, *references = screen(project, "python", "-m", "omrl.cli", "experiments", cwd=at)
+    assert head.split() == ["params", "and", "results", "workspace", "main"]
+    assert swap.split("  ")[0] == "dataset.train"
+    assert "[medium, relabelled]" in swap
+    assert [line.split()[::3] for line in (first, second)] == [["focal-1-1", "medium"], ["focal-2-1", "relabelled"]]
+    assert len(references) == 3
     compared = project.run("python", "-m", "omrl.cli", "compare", "HEAD", cwd=at).stdout
     assert "expert -> medium" in compared
     assert compared.splitlines()[0].split()[4:6] == ["smoke@HEAD", "smoke"]

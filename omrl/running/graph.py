@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from omrl.core.errors import UserError
 from omrl.core.files import write_json, write_text
 from omrl.experiment import read as read_params
 from omrl.provenance.lockfile import LOCK
+from omrl.running.child import split_lock
 
 FIRST = ("plan", "code")  # they write what running cells read, so they run alone, before all others
 ALL_CORES = ("behavior", "rollouts")  # one process per core
@@ -114,8 +114,7 @@ def _entries(folder: Path) -> tuple[str, list[tuple[str, str]]]:
         text = (folder / LOCK).read_text(encoding="utf-8")
     except FileNotFoundError:
         return "", []
-    head, *parts = re.split(r"^(?=  \S)", text, flags=re.M)
-    return head, [(part.lstrip().split(":\n", 1)[0].strip("'\""), part) for part in parts]
+    return split_lock(text)
 
 
 def sort_lock(folder: Path, before: list[str], order: list[str]) -> None:
