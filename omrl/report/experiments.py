@@ -41,7 +41,7 @@ def as_text(shown: list[dict[str, Any]]) -> str:
     titles, params, results = ["params and results"], [], []
     for title, data in _columns(shown):
         titles.append(title)
-        params.append(dict(_flat(data["params"].get("params.yaml", {}).get("data") or {})))
+        params.append({k: v for entry in data["params"].values() for k, v in _flat(entry.get("data") or {})})
         metrics = {PurePosixPath(path).stem: entry.get("data") or {} for path, entry in data["metrics"].items()}
         results.append({name: _result(values) for name, values in metrics.items()})
     rows = [titles]
