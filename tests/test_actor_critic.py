@@ -541,6 +541,21 @@ def test_layer_norm_adds_no_tensor_and_holds_the_features_still():
     torch.testing.assert_close(seen[1].var(1, unbiased=False), torch.ones(5))
 
 
+@pytest.mark.parametrize("scale", [1e2, 1e5])
+def test_layer_norm_bounds_what_q_promises_far_from_the_data(scale):
+    """|Q| <= |w| sqrt(width) + |b| of the last layer, wherever; without it Q grows with the distance."""
+    plain, normed = make(config()), make(config(critic_layer_norm=True))
+    seen = []
+    for agent in (plain, normed):
+        weight, bias = agent.q.weights[-1][0, :, 0].detach(), agent.q.biases[-1][0, 0, 0].detach()
+        limit = float(weight.norm() * len(weight) ** 0.5 + bias.abs())
+        inputs = scale * torch.randn(50, agent.q.weights[0].shape[1], generator=source(2))
+        with torch.no_grad():
+            seen.append(float(agent.q(inputs)[0].abs().max()) / limit)
+    assert seen[0] > scale / 1000
+    assert seen[1] <= 1 + 1e-5
+
+
 # --- alpha -----------------------------------------------------------------------------------------------------
 
 

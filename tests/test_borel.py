@@ -19,7 +19,8 @@ from omrl.envs.base import load_family
 from omrl.evaluation.protocols import online_belief
 from omrl.evaluation.protocols.base import Run
 from omrl.learning.sampler import Sampler
-from omrl.nets.experience import Experience, from_arrays
+from omrl.learning.train import begin
+from omrl.nets.experience import Experience, from_arrays, joined
 from omrl.nets.recurrent import BeliefEncoder, RewardDecoder, gaussian_divergence
 
 CPU = torch.device("cpu")
@@ -216,6 +217,38 @@ def test_the_policy_learns_on_state_and_belief_and_the_vae_rests():
     algorithm.update(policy, batch)
     moved = {name.split(".")[0] for name, x in algorithm.model_state().items() if not torch.equal(x, before[name])}
     assert moved == {"actor_critic"}
+
+
+@pytest.mark.parametrize("regularization", [{}, {"kind": "kl-dual", "alpha": 1.0}])
+def test_the_policy_learns_on_relabelled_rollouts_too_where_asked(regularization):
+    algorithm, own, mixed = make(policy_context=0.25, regularization=regularization), data(0), data(1, lengths=6)
+    (_, policy) = algorithm.phases(301)
+    sampler = Sampler(own, 0, CPU, mixed)
+    begin(algorithm, sampler, policy, own)
+    batch = sampler.draw(policy)
+    for name, source, rows in (("transitions", own, 24), ("context", mixed, 8)):
+        columns, drawn = algorithm.begin(policy, source), batch[name]
+        assert drawn.reward.shape == (4, rows)
+        for task, place in enumerate(drawn.task.tolist()):
+            for n in range(rows):
+                (row,) = np.flatnonzero((source.observation[place] == drawn.observation[task, n].numpy()).all(-1))
+                for key, column in columns.items():
+                    np.testing.assert_array_equal(drawn.extra[key][task, n].numpy(), column[place, row])
+    whole = joined([batch["transitions"], batch["context"]])
+    assert whole.reward.tolist() == torch.cat([batch["transitions"].reward, batch["context"].reward], 1).tolist()
+    learned: list[Experience] = []
+
+    def record(rows: Experience, z: torch.Tensor, extra: list[Experience]) -> dict[str, torch.Tensor]:
+        learned.extend([rows, *extra])
+        return {}
+
+    algorithm.actor_critic.update = record  # type: ignore[method-assign, assignment]
+    algorithm.update(policy, batch)
+    sets = 1 + algorithm.settings.regularization.further_batches
+    assert [rows.reward.shape for rows in learned] == [(4, 32)] * sets
+    assert torch.equal(learned[0].reward, whole.signal)
+    assert list(make(policy_context=1.0).phases(301)[1].draws) == ["context"]
+    assert list(make().phases(301)[1].draws) == ["transitions"]
 
 
 # --- acting ------------------------------------------------------------------------------------------------------

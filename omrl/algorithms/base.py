@@ -163,7 +163,11 @@ class Algorithm(abc.ABC):
         return Phase("online", steps, last.meta_batch, last.draws, last.replace)
 
     def begin(self, phase: Phase, data: TaskData) -> Mapping[str, NDArray[np.float32]]:
-        """Prepare for a phase, before its first update; return columns to add to the data, if any."""
+        """Prepare for a phase, before its first update; return columns to add to the data, if any.
+
+        Where it returns some and the phase draws from ``context`` too, which is another dataset, it is asked for that
+        dataset's next.
+        """
         return {}
 
     @abc.abstractmethod

@@ -74,7 +74,7 @@ from torch import Tensor, nn
 from omrl.algorithms.base import Algorithm, Belief, Draw, Phase, Spec
 from omrl.data.taskdata import TaskData
 from omrl.nets.actor_critic import ActorCritic, ActorCriticConfig, adam
-from omrl.nets.experience import Experience
+from omrl.nets.experience import Experience, joined
 from omrl.nets.recurrent import BeliefEncoder, RewardDecoder, gaussian_divergence
 
 _AT_ONCE = 256  # rollouts that the encoder is run along together, between the phases
@@ -91,6 +91,8 @@ class BorelConfig(ActorCriticConfig):
         vae_rate: Adam.
         kl_weight: of the KL between successive beliefs; 1 in the online version.
         beliefs: of a rollout that decode, drawn anew for every update; 0 for all.
+        policy_context: share of the policy's rows that are drawn from ``context``, the relabelled set: reward
+            relabelling in the policy's phase too. The release has a flag for it, off.
         policy_reward: what actor and critic learn from: the ``signal`` that the belief sees too (the sparse reward
             where inference sees that one, as released), or the ``dense`` reward, as FOCAL's do.
         decode_from: rewards from the ``next`` state, or from the ``transition`` (s, a, s').
@@ -112,6 +114,7 @@ class BorelConfig(ActorCriticConfig):
     vae_rate: Annotated[float, Field(gt=0)] = 3e-4
     kl_weight: Annotated[float, Field(ge=0)] = 0.05
     beliefs: Annotated[int, Field(ge=0, le=4096)] = 16
+    policy_context: Annotated[float, Field(ge=0, le=1)] = 0.0
     policy_reward: Literal["signal", "dense"] = "signal"
     decode_from: Literal["next", "transition"] = "next"
     vae_meta_batch: Annotated[int, Field(ge=1, le=1024)] = 8
@@ -197,8 +200,10 @@ class Borel(Algorithm):
         vae = {"transitions": Draw(config.vae_rollouts * (config.episodes - before), "episode")}
         if before:
             vae["context"] = Draw(config.vae_rollouts * before, "episode", source="context")
-        rows = Draw(config.rl_batch)
-        policy = {"transitions": rows} | {f"more{i}": rows for i in range(config.regularization.further_batches)}
+        others = round(config.policy_context * config.rl_batch)
+        rows = {"transitions": Draw(config.rl_batch - others), "context": Draw(others, source="context")}
+        sets = ["", *(f"more{i} " for i in range(config.regularization.further_batches))]
+        policy = {part + name: draw for part in sets for name, draw in rows.items() if draw.rows}
         both = (
             Phase("vae", first, config.vae_meta_batch, vae),
             Phase("policy", steps - first, config.meta_batch, policy),
@@ -213,10 +218,12 @@ class Borel(Algorithm):
         """Take one gradient step of the VAE, or of actor and critic."""
         if phase.name == "vae":
             return self._vae_step(batch)
-        augmented = {name: self._augmented(drawn) for name, drawn in batch.items()}
-        nothing = torch.zeros(len(batch["transitions"].task), 0, device=self.device)
-        extra = [drawn for name, drawn in augmented.items() if name.startswith("more")]
-        return self.actor_critic.update(augmented["transitions"], nothing, extra)
+        sets: dict[str, list[Experience]] = {}
+        for name, drawn in batch.items():
+            sets.setdefault(name.removesuffix("transitions").removesuffix("context"), []).append(self._augmented(drawn))
+        own, *extra = (joined(parts) for parts in sets.values())
+        nothing = torch.zeros(len(own.task), 0, device=self.device)
+        return self.actor_critic.update(own, nothing, extra)
 
     def _vae_step(self, batch: Mapping[str, Experience]) -> dict[str, Tensor]:
         config = self.settings

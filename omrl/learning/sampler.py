@@ -81,6 +81,11 @@ class Sampler:
         """The transitions' dataset."""
         return self._transitions.data
 
+    @property
+    def context(self) -> TaskData | None:
+        """The contexts' dataset, where it is another one."""
+        return None if self._context is self._transitions else self._context.data
+
     def add(self, columns: dict[str, TaskData]) -> None:
         """Take datasets with further columns in the place of ``transitions`` or ``context``."""
         if "transitions" in columns:

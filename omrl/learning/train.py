@@ -159,10 +159,14 @@ def snapshot_steps(steps: int, keep: int) -> list[int]:
     return sorted({round(steps * (i + 1) / keep) for i in range(keep)} - {0}) if keep else []
 
 
-def _begin(algorithm: Algorithm, sampler: Sampler, phase: Phase, data: TaskData) -> None:
-    """Let the method prepare for a phase; its columns join the data."""
+def begin(algorithm: Algorithm, sampler: Sampler, phase: Phase, data: TaskData) -> None:
+    """Let the method prepare for a phase; its columns join the data, of both datasets where it draws from both."""
     if columns := algorithm.begin(phase, data):
-        sampler.add({"transitions": data.with_columns(columns)})
+        found = {"transitions": data.with_columns(columns)}
+        other = sampler.context
+        if other is not None and any(draw.source == "context" for draw in phase.draws.values()):
+            found["context"] = other.with_columns(algorithm.begin(phase, other))
+        sampler.add(found)
 
 
 def train(
@@ -209,7 +213,7 @@ def train(
         for phase in phases:
             last = first + phase.steps
             if at.step < last:
-                _begin(algorithm, sampler, phase, data)
+                begin(algorithm, sampler, phase, data)
             for step in range(max(first, at.step) + 1, last + 1):
                 at.curve.add(algorithm.update(phase, sampler.draw(phase)))
                 at.step = step

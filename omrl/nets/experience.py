@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,6 +81,19 @@ class Experience:
 
 
 _FIELDS = ("observation", "action", "reward", "next_observation", "terminal", "signal")
+
+
+def joined(parts: Sequence[Experience]) -> Experience:
+    """Return bags of the same tasks as one, a part behind the other; they have the same columns."""
+    first, *more = parts
+
+    def both(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts], dim=1)
+
+    if not more:
+        return first
+    extra = {name: torch.cat([part.extra[name] for part in parts], dim=1) for name in first.extra}
+    return replace(first, **{name: both(name) for name in _FIELDS}, step=None, valid=None, extra=extra)
 
 
 def from_arrays(
