@@ -56,7 +56,8 @@ Known failures:
   ``pipelines/borel-point`` even a policy that was told the goal in place of the belief found none: return 0.5 of 52
   after 2,000 updates; 48 with ``critic_layer_norm``, which bounds what a critic can promise, and 52 after 4,000.
 * Logs of policies that go straight to their goals say little about where to look next: few rows stand where there is
-  no reward and leave. ``policy_context`` adds relabelled rows, of which most do; the README there has the figures.
+  no reward and leave, and a second episode knows the goal. After a first one that found nothing the policy gives up.
+  ``policy_context`` adds relabelled rows, which helped with one of two seeds; the README there has the figures.
 * The decoder knows rewards alone, so tasks that differ in dynamics are told apart by nothing.
 * A belief that reads more episodes than ``episodes`` is outside of what was trained.
 """
