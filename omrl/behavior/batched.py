@@ -47,7 +47,6 @@ _EVALUATION_EPISODES = 5
 _SNAPSHOT = "unfinished.safetensors"
 _SNAPSHOT_S = 120.0  # between savings of unfinished work, at checkpoints
 _REPORTED = 50  # environment steps between reports of progress
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _UPDATES, _STEPS = 32, 256  # gradient and environment steps that random numbers are drawn for at a time
 
 
@@ -258,15 +257,14 @@ class Group:
             parameters = list(module.parameters())
             for parameter, piece in zip(parameters, self._pieces(stack, stack.flat, place), strict=True):
                 parameter.copy_(piece)
-            if optimizer is not None and target is not None:
-                state = optimizer.state[stack.flat]
-                moments = {k: self._pieces(stack, state[k], place) for k in _MOMENTS if state}
+            if optimizer is not None and self.clock.updates:
+                moments = {k: self._pieces(stack, flat, place) for k, flat in optimizer.moments.items()}
                 sb3.set_adam(target, parameters, self.clock.updates, moments)
         if model.ent_coef_optimizer is not None and model.log_ent_coef is not None:
-            model.log_ent_coef.copy_(sac.log_temperature[place, :1])
-            state = optimizers["temperature"].state[sac.log_temperature]
-            moments = {k: [state[k][place, :1]] for k in _MOMENTS if state}
-            sb3.set_adam(model.ent_coef_optimizer, [model.log_ent_coef], self.clock.updates, moments)
+            model.log_ent_coef.copy_(sac.log_temperature[place])
+            if self.clock.updates:
+                moments = {k: [sac.actor.spare(flat)[place]] for k, flat in optimizers["actor"].moments.items()}
+                sb3.set_adam(model.ent_coef_optimizer, [model.log_ent_coef], self.clock.updates, moments)
         sb3.set_counters(model, self.clock.step, self.clock.updates, int(self.clock.episodes[place]))
         sb3.save_checkpoint(model, path)
 
@@ -279,13 +277,12 @@ class Group:
             "actor": self.sac.actor.flat,
             "critic": self.sac.critic.flat,
             "target": self.sac.target.flat,
-            "temperature": self.sac.log_temperature,
             "replay": self._replay[:, :filled],
             "age": torch.from_numpy(self.clock.age),
             "episodes": torch.from_numpy(self.clock.episodes),
         }
         for name, optimizer in self.sac.optimizers.items():
-            for key, value in optimizer.state[optimizer.param_groups[0]["params"][0]].items():
+            for key, value in {"step": optimizer.step, **optimizer.moments}.items():
                 tensors[f"adam.{name}.{key}"] = value
         return tensors
 
@@ -317,17 +314,8 @@ class Group:
         self.clock = _Clock(
             facts["step"], facts["updates"], tensors["age"].numpy().copy(), tensors["episodes"].numpy().copy()
         )
-        if self.clock.updates:
-            for name, optimizer in self.sac.optimizers.items():
-                value = optimizer.param_groups[0]["params"][0]
-                optimizer.state[value] = {
-                    key: tensors[f"adam.{name}.{key}"].to(self._device if key in _MOMENTS else "cpu")
-                    for key in ("step", *_MOMENTS)
-                    if f"adam.{name}.{key}" in tensors
-                }
         for name, value in self._tensors().items():
-            if not name.startswith("adam."):
-                value.copy_(tensors[name])
+            value.copy_(tensors[name])
         self._env.set_state(tensors["environment"].numpy())
         for name, stream in self._streams.items():
             stream.restore(tensors[f"stream.{name}"], facts["used"][name])

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -28,47 +28,73 @@ _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
 class Stack:
-    """M multilayer perceptrons of one shape with ReLU between the layers, one per row of ``flat``.
+    """M multilayer perceptrons of one shape with ReLU between the layers.
 
     Args:
         sizes: widths, input first.
         count: M.
         device: where the tensors live.
+        spare: numbers beside the parameters.
 
     Attributes:
-        flat: [M, P], every network's parameters, layer by layer, weight [out, in] before bias, as PyTorch
-            orders them; zeros up to a multiple of 64.
-        grad: [M, P], what ``backward`` writes.
+        flat: all parameters. Layer by layer the weights [M, out, in] of all networks, then the biases [M, out];
+            only the first layer has them together, [M, out, in + 1], for inputs that end in a one. A layer's
+            weights lie without gaps, which the fast kernels would close by copying; every part starts at a
+            multiple of 64, with zeros before it.
+        grad: what ``backward`` writes, in the same order.
     """
 
-    def __init__(self, sizes: Sequence[int], count: int, device: torch.device) -> None:
-        self.sizes = list(sizes)
-        width = sum(n * m + m for n, m in pairwise(sizes))
-        self.flat = torch.zeros(count, -(-width // _BLOCK) * _BLOCK, device=device)
+    def __init__(self, sizes: Sequence[int], count: int, device: torch.device, spare: int = 0) -> None:
+        self.sizes, self.count = list(sizes), count
+        self._shapes: list[tuple[int, ...]] = [(count, sizes[1], sizes[0] + 1)]
+        for n, m in pairwise(sizes[1:]):
+            self._shapes += [(count, m, n), (count, m)]
+        self._shapes.append((spare, 1))
+        self._starts = [0, *accumulate(-(-math.prod(shape) // _BLOCK) * _BLOCK for shape in self._shapes)]
+        self.flat = torch.zeros(self._starts[-1], device=device)
         self.grad = torch.zeros_like(self.flat)
-        self._layers = self.views(self.flat)
-        self._grads = self.views(self.grad)
+        self._layers, self._grads = self._pairs(self.flat), self._pairs(self.grad)
         self._memory: dict[tuple[int, str], list[Tensor]] = {}
 
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        return [
+            flat[start : start + math.prod(shape)].view(shape)
+            for start, shape in zip(self._starts, self._shapes, strict=False)
+        ]
+
+    def _pairs(self, flat: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        """Return every layer's weight and bias; the first one's are one tensor."""
+        first, *rest, _ = self._parts(flat)
+        return [(first, None), *zip(rest[::2], rest[1::2], strict=True)]
+
     def views(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return (weight [M, out, in], bias [M, out]) of every layer as views of ``flat`` [M, P]."""
-        layers, place = [], 0
-        for n, m in pairwise(self.sizes):
-            weight = flat[:, place : place + n * m].view(-1, m, n)
-            bias = flat[:, place + n * m : place + n * m + m]
-            layers.append((weight, bias))
-            place += n * m + m
-        return layers
+        """Return (weight [M, out, in], bias [M, out]) of every layer as views of a tensor like ``flat``."""
+        return [
+            (weight[..., :-1], weight[..., -1]) if bias is None else (weight, bias)
+            for weight, bias in self._pairs(flat)
+        ]
+
+    def spare(self, flat: Tensor) -> Tensor:
+        """Return the numbers beside the parameters in a tensor like ``flat``, [spare, 1]."""
+        return self._parts(flat)[-1]
+
+    def inputs(self, batch: int) -> Tensor:
+        """Return where the inputs of ``forward`` go, [M, batch, in + 1], the same tensor every time; ends in ones."""
+        key = batch, "input"
+        if key not in self._memory:
+            self._memory[key] = [torch.ones(self.count, batch, self.sizes[0] + 1, device=self.flat.device)]
+        return self._memory[key][0]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Return [input, hidden..., output] for ``x`` [M, B, in]; hidden layers after their ReLU.
+        """Return [input, hidden..., output] for ``x`` [M, B, in + 1]; hidden layers after their ReLU.
 
         The tensors are overwritten by the next call with the same B.
         """
         values = [x]
         for place, ((weight, bias), out) in enumerate(zip(self._layers, self._work(x.shape[1], "value"), strict=True)):
             torch.bmm(x, weight.transpose(1, 2), out=out)
-            out.add_(bias.unsqueeze(1))
+            if bias is not None:
+                out.add_(bias.unsqueeze(1))
             x = out.relu_() if place < len(self._layers) - 1 else out
             values.append(x)
         return values
@@ -78,7 +104,8 @@ class Stack:
         for place in range(len(self._layers) - 1, -1, -1):
             weight_grad, bias_grad = self._grads[place]
             torch.bmm(grad.transpose(1, 2), values[place], out=weight_grad)
-            torch.sum(grad, 1, out=bias_grad)
+            if bias_grad is not None:
+                torch.sum(grad, 1, out=bias_grad)
             if place:
                 grad = self._through(place, values, grad)
 
@@ -86,7 +113,7 @@ class Stack:
         """Return the gradient of input columns from ``first`` on, [M, B, in - first]."""
         for place in range(len(self._layers) - 1, 0, -1):
             grad = self._through(place, values, grad)
-        return torch.bmm(grad, self._layers[0][0][:, :, first:])
+        return torch.bmm(grad, self._layers[0][0][:, :, first:-1])
 
     def _through(self, place: int, values: list[Tensor], grad: Tensor) -> Tensor:
         """Return the gradient [M, B, in of layer ``place``] before the ReLU that made the layer's input."""
@@ -103,9 +130,43 @@ class Stack:
         key = batch, what
         if key not in self._memory:
             self._memory[key] = [
-                torch.empty(len(self.flat), batch, width, device=self.flat.device) for width in self.sizes[1:]
+                torch.empty(self.count, batch, width, device=self.flat.device) for width in self.sizes[1:]
             ]
         return self._memory[key]
+
+
+class Adam:
+    """Adam (Kingma and Ba 2015) of one stack: PyTorch's fused kernel, whose optimizer costs more than its work here.
+
+    Attributes:
+        moments: ``exp_avg`` and ``exp_avg_sq``, in the order of the stack's parameters.
+        step: steps taken.
+    """
+
+    def __init__(self, stack: Stack, learning_rate: float) -> None:
+        self._stack, self._rate = stack, learning_rate
+        self.moments = {name: torch.zeros_like(stack.flat) for name in ("exp_avg", "exp_avg_sq")}
+        self.step = torch.zeros((), device=stack.flat.device)
+
+    def take(self) -> None:
+        """Take a step along the stack's gradient."""
+        self.step += 1
+        first, second = self.moments.values()
+        torch._fused_adam_(
+            [self._stack.flat],
+            [self._stack.grad],
+            [first],
+            [second],
+            [],
+            [self.step],
+            lr=self._rate,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=0.0,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 class StackedSac:
@@ -140,21 +201,15 @@ class StackedSac:
     ) -> None:
         self.observation_size, self.action_size, self.tasks = observation_size, action_size, tasks
         self._gamma, self._tau, self._learns = gamma, tau, learn_temperature
-        self.actor = Stack([observation_size, *hidden, 2 * action_size], tasks, device)
+        # the temperature's logarithm is a parameter of the actor's optimizer: their steps come together
+        self.actor = Stack([observation_size, *hidden, 2 * action_size], tasks, device, spare=tasks)
         critic = [observation_size + action_size, *hidden, 1]
-        self.critic = Stack(critic, 2 * tasks, device)  # row c * tasks + n: critic c of task n
+        self.critic = Stack(critic, 2 * tasks, device)  # network c * tasks + n: critic c of task n
         self.target = Stack(critic, 2 * tasks, device)
-        # one number per task, in every column of a block
-        self.log_temperature = torch.full((tasks, _BLOCK), _log(temperature), device=device)
-        self.temperature_grad = torch.zeros_like(self.log_temperature)
-        self.optimizers = {}
-        for name, value, grad in (
-            ("actor", self.actor.flat, self.actor.grad),
-            ("critic", self.critic.flat, self.critic.grad),
-            ("temperature", self.log_temperature, self.temperature_grad),
-        ):
-            value.grad = grad
-            self.optimizers[name] = torch.optim.Adam([value], lr=learning_rate, fused=True)
+        self.log_temperature = self.actor.spare(self.actor.flat)  # [tasks, 1]
+        self.log_temperature.fill_(_log(temperature))
+        self._temperature_grad = self.actor.spare(self.actor.grad)
+        self.optimizers = {"actor": Adam(self.actor, learning_rate), "critic": Adam(self.critic, learning_rate)}
 
     @property
     def row_size(self) -> int:
@@ -168,7 +223,9 @@ class StackedSac:
             observation: C per task.
             noise: standard normal, as the actions; None for the policies' modes.
         """
-        output = self.actor.forward(observation)[-1]
+        seen = self.actor.inputs(observation.shape[1])
+        seen[..., :-1] = observation
+        output = self.actor.forward(seen)[-1]
         mean, log_std = output.split(self.action_size, dim=2)
         if noise is None:
             return torch.tanh(mean)
@@ -187,11 +244,14 @@ class StackedSac:
         """
         n, batch, _ = rows.shape
         width, size = self.observation_size, self.action_size
-        following, observation = rows[..., :width], rows[..., width : 2 * width]
+        following, taken = rows[..., :width], rows[..., width : 2 * width + size]
         reward, going = rows[..., -2], rows[..., -1]
 
         # the policy at s and at s'
-        values = self.actor.forward(torch.cat([observation, following], 1))
+        seen = self.actor.inputs(2 * batch)
+        seen[:, :batch, :-1] = taken[..., :width]
+        seen[:, batch:, :-1] = following
+        values = self.actor.forward(seen)
         mean, raw = values[-1].split(size, dim=2)
         log_std = raw.clamp(LOG_STD_MIN, LOG_STD_MAX)
         spread = log_std.exp().mul_(noise)  # std * noise
@@ -199,23 +259,29 @@ class StackedSac:
         slope = 1 - action * action
         guarded = slope + _SQUASH
         log_prob = (-0.5 * noise * noise - log_std - guarded.log()).sum(2) - size * _HALF_LOG_TWO_PI
-        temperature = self.log_temperature.exp()[:, :1]
+        temperature = self.log_temperature.exp()
         if self._learns:
             # d/d log(alpha) of -log(alpha) (log pi + H), with H = -action_size
-            self.temperature_grad.copy_((size - log_prob[:, :batch]).mean(1, keepdim=True))
-            self.optimizers["temperature"].step()
+            torch.mean(size - log_prob[:, :batch], 1, keepdim=True, out=self._temperature_grad)
 
         # critics: towards r + gamma (min Q'(s', a') - alpha log pi)
-        ahead = self.target.forward(_twice(torch.cat([following, action[:, batch:]], 2)))[-1]
+        pairs = self.target.inputs(batch)
+        both = pairs.view(2, n, batch, -1)
+        both[..., :width], both[..., width:-1] = following, action[:, batch:]
+        ahead = self.target.forward(pairs)[-1]
         ahead = ahead.view(2, n, batch).amin(0) - temperature * log_prob[:, batch:]
         goal = reward + going * (self._gamma * ahead)
-        judged = self.critic.forward(_twice(rows[..., width : 2 * width + size]))
+        pairs = self.critic.inputs(batch)
+        both = pairs.view(2, n, batch, -1)
+        both[..., :-1] = taken
+        judged = self.critic.forward(pairs)
         error = judged[-1].view(2, n, batch) - goal
         self.critic.backward(judged, (error / batch).view(2 * n, batch, 1))
-        self.optimizers["critic"].step()
+        self.optimizers["critic"].take()
 
         # actor: down alpha log pi - min Q(s, a)
-        judged = self.critic.forward(_twice(torch.cat([observation, action[:, :batch]], 2)))
+        both[..., width:-1] = action[:, :batch]
+        judged = self.critic.forward(pairs)
         first, second = judged[-1].view(2, n, batch)
         lower = (first <= second).to(first.dtype)
         through = torch.stack([lower, 1 - lower]).mul_(-1 / batch).view(2 * n, batch, 1)
@@ -226,7 +292,7 @@ class StackedSac:
         inside = (raw[:, :batch] >= LOG_STD_MIN) & (raw[:, :batch] <= LOG_STD_MAX)
         grad_log_std = (grad_mean * spread[:, :batch] - weight) * inside
         self.actor.backward([value[:, :batch] for value in values], torch.cat([grad_mean, grad_log_std], 2))
-        self.optimizers["actor"].step()
+        self.optimizers["actor"].take()
 
         self.target.flat.lerp_(self.critic.flat, self._tau)
         if not losses:
@@ -240,8 +306,3 @@ class StackedSac:
 
 def _log(value: float) -> float:
     return math.log(value) if value > 0 else -math.inf
-
-
-def _twice(x: Tensor) -> Tensor:
-    """Return ``x`` for both critics, [2 N, B, k]."""
-    return torch.cat([x, x])
