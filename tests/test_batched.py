@@ -16,11 +16,19 @@ from torch.distributions import normal
 from omrl.behavior import batched, sb3
 from omrl.behavior.base import BehaviorConfig, Run
 from omrl.behavior.checkpoints import load_actor
+from omrl.behavior.stacked import StackedSac
 from omrl.core.errors import UserError
+from omrl.core.precision import set_kernels
 from omrl.envs.base import load_family
 
 CPU = torch.device("cpu")
 TINY = {"net_arch": [16, 12], "batch_size": 8, "learning_starts": 20, "gamma": 0.97, "tau": 0.05}
+
+
+@pytest.fixture(autouse=True)
+def _default_kernels():
+    yield
+    set_kernels("float32")
 
 
 def config(**values) -> BehaviorConfig:
@@ -36,9 +44,11 @@ def hashes(folder: str | Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())}
 
 
+@pytest.mark.parametrize("kernels", ["float32", "fast"])
 @pytest.mark.parametrize("ent_coef", ["auto_0.2", 0.1])
 @pytest.mark.parametrize("name", ["half-cheetah-vel", "sparse-point-robot"])
-def test_an_update_is_that_of_stable_baselines3(name, ent_coef, monkeypatch):
+def test_an_update_is_that_of_stable_baselines3(name, ent_coef, kernels, monkeypatch):
+    set_kernels(kernels)
     family, count, batch = load_family(name), 3, 8
     settings = config(sac=TINY | {"ent_coef": ent_coef})
     group = batched.Group(family, runs(family, count), settings, CPU)
@@ -76,6 +86,35 @@ def test_an_update_is_that_of_stable_baselines3(name, ent_coef, monkeypatch):
                 torch.testing.assert_close(group.sac.log_temperature[i, :1], model.log_ent_coef.detach())
 
 
+@pytest.mark.parametrize("kernels", ["float32", "fast"])
+@pytest.mark.parametrize(("observation", "action", "hidden"), [(2, 2, [64, 64]), (20, 6, [128, 96, 33]), (5, 3, [7])])
+def test_updates_of_one_task_are_those_among_many(observation, action, hidden, kernels):
+    """To the bit, whatever the number of tasks and the place: kernels must not be chosen by them."""
+    set_kernels(kernels)
+    batch, found = 50, []
+    for tasks, place in ((1, 0), (2, 1), (7, 3)):
+        settings = {"learning_rate": 1e-3, "gamma": 0.9, "tau": 0.01, "temperature": 0.2, "learn_temperature": True}
+        sac = StackedSac(observation, action, hidden, tasks, device=CPU, **settings)
+        generator = torch.Generator().manual_seed(0)
+        for stack, networks in ((sac.actor, [place]), (sac.critic, [place, tasks + place])):
+            for piece in (part for layer in stack.views(stack.flat) for part in layer):
+                for network in networks:
+                    piece[network] = torch.randn(piece.shape[1:], generator=generator) / piece.shape[-1] ** 0.5
+        for _ in range(3):
+            rows, noise = torch.randn(tasks, batch, sac.row_size), torch.randn(tasks, 2 * batch, action)
+            rows[place] = torch.randn(rows.shape[1:], generator=generator)
+            noise[place] = torch.randn(noise.shape[1:], generator=generator)
+            sac.update(rows, noise)
+        acted = sac.act(rows[:, :1, :observation], noise[:, :1])[place]
+        layers = [layer for stack in (sac.actor, sac.critic) for layer in stack.views(stack.flat)]
+        pieces = [part[place] for layer in layers for part in layer]
+        found.append([acted, sac.log_temperature[place], *pieces])
+    for other in found[1:]:
+        for one, same in zip(found[0], other, strict=True):
+            assert torch.isfinite(one).all()
+            assert torch.equal(one, same)
+
+
 def test_checkpoints_are_sb3s_and_act_alike(tmp_path):
     family = load_family("half-cheetah-vel")
     settings = config()
@@ -109,10 +148,11 @@ def test_checkpoints_are_sb3s_and_act_alike(tmp_path):
     assert model.actor.optimizer.state_dict()["state"][0]["step"] > 40
 
 
+@pytest.mark.parametrize("matmul", ["float32", "fast"])
 @pytest.mark.parametrize("name", ["half-cheetah-vel", "point-robot"])
-def test_a_task_does_not_depend_on_its_company(name, tmp_path):
+def test_a_task_does_not_depend_on_its_company(name, matmul, tmp_path):
     family = load_family(name)
-    settings = config().resolved()
+    settings = config(matmul=matmul).resolved()
     together, alone = runs(family, 3, tmp_path / "together"), runs(family, 3, tmp_path / "alone")[1:2]
     for members, folder in ((together, "together"), (alone, "alone")):
         (tmp_path / folder).mkdir()

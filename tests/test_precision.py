@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from omrl.behavior.base import BehaviorConfig
 from omrl.core import precision
 from omrl.core.config import parse
 from omrl.core.errors import UserError
@@ -40,6 +41,16 @@ def test_kernels_that_round_are_not_taken(monkeypatch, error, chosen):
     assert precision.set_kernels("float32") == "highest"
 
 
-def test_another_kind_is_refused():
-    with pytest.raises(UserError, match=r"meta_train\.matmul = 'tf32': expected 'float32' or 'fast'"):
-        parse(MetaTrainConfig, {"matmul": "tf32"}, "params.yaml: meta_train")
+@pytest.mark.parametrize(("section", "config"), [("meta_train", MetaTrainConfig), ("behavior", BehaviorConfig)])
+@pytest.mark.parametrize("kind", ["tf32", "bfloat16"])
+def test_another_kind_is_refused(section, config, kind):
+    with pytest.raises(UserError, match=rf"{section}\.matmul = '{kind}': expected 'float32' or 'fast'"):
+        parse(config, {"matmul": kind}, f"params.yaml: {section}")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), [({"device": "cuda"}, "with device = cuda"), ({"engine": "sb3"}, "with engine = sb3")]
+)
+def test_only_the_batched_engine_on_the_cpu_chooses_kernels_for_behavior(values, message):
+    with pytest.raises(UserError, match=f"matmul = fast.* {message}: expected float32"):
+        parse(BehaviorConfig, {"matmul": "fast", **values}, "params.yaml: behavior")

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from omrl.core import layout, seeding
 from omrl.core.config import Config
 from omrl.core.files import atomic_dir, canonical, input_hashes, read_input, scratch, write_manifest
+from omrl.core.precision import Kernels
 
 PROGRESS = "progress.csv"
 SCRIPT = "script.json"  # what acts where nothing is trained
@@ -84,8 +85,8 @@ class BehaviorConfig(Config):
         checkpoint_every: steps between checkpoints; divides ``total_steps``. Step 0, untrained, is kept too.
         horizon: steps of a training episode.
         keep_replay: also keep every transition of the runs, for ``rollouts.source: replay``.
-        matmul: of the ``batched`` engine: ``float32``, or ``bfloat16`` factors with sums in float32, faster where
-            the processor has instructions for it; products are then off by about 0.2 %.
+        matmul: of the ``batched`` engine: ``float32``, or ``fast``: other kernels where as exact, see
+            ``omrl.core.precision``; other bits.
         device: of the ``batched`` engine's networks: ``cpu``, or ``cuda``, where all tasks are one group.
         sac: hyperparameters.
     """
@@ -95,7 +96,7 @@ class BehaviorConfig(Config):
     checkpoint_every: Annotated[int, Field(ge=1, le=10**8)] = 250
     horizon: Annotated[int, Field(ge=1, le=100_000)] = 200
     keep_replay: bool = False
-    matmul: Literal["float32", "bfloat16"] = "float32"
+    matmul: Kernels = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
     sac: SacConfig = SacConfig()
 
@@ -130,6 +131,8 @@ class BehaviorConfig(Config):
                 f"matmul = {self.matmul}, device = {self.device} with engine = sb3: expected float32 and cpu; only "
                 "the batched engine chooses"
             )
+        if (self.matmul, self.device) == ("fast", "cuda"):
+            raise ValueError("matmul = fast with device = cuda: expected float32; fast kernels are found on the CPU")
         return self
 
     def checkpoint_steps(self) -> list[int]:

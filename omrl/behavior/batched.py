@@ -40,6 +40,7 @@ from omrl.core import events, parallel, seeding
 from omrl.core.allocator import keep_memory
 from omrl.core.errors import UserError
 from omrl.core.files import atomic_path, canonical, remove_dir, write_text
+from omrl.core.precision import set_kernels
 from omrl.envs.base import Array, Family, load_family
 from omrl.envs.simulate import episodes
 
@@ -336,7 +337,7 @@ def train_group(env: str, env_config: dict[str, Any], runs: list[Run], config: d
     keep_memory()
     torch.set_num_threads(1)  # one and two threads give different weights
     behavior = BehaviorConfig.model_validate(config)
-    torch.set_float32_matmul_precision("highest" if behavior.matmul == "float32" else "medium")
+    set_kernels(behavior.matmul)
     group = Group(load_family(env, env_config), runs, behavior, torch.device(behavior.device))
     folder = Path(work)
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,11 @@ needed (the critics' weights in the actor's step, the target networks) is not co
 What is computed is an update of ``stable_baselines3.SAC.train`` (Haarnoja et al. 2018, Algorithm 1, with a
 learned temperature), in its order: temperature, critics, actor, targets. A test holds it against SB3 itself.
 A task's numbers do not depend on the other tasks: every operation is elementwise, a reduction inside the
-task's rows, or a batched product, whose entries are computed one by one. The last elements of a tensor may be
-rounded otherwise than those before, by instructions that take one at a time: parameters are padded, so that
-there are none such.
+task's rows, or a batched product, whose entries are computed one by one. That takes care in three places. The
+last elements of a tensor may be rounded otherwise than those before, by instructions that take one at a time: the
+parameters of all networks end with a whole block. Small products may be rounded otherwise where a matrix does not
+start at a multiple of 64 bytes: each does. And PyTorch takes the fast kernels where a product is large enough,
+for all tasks together: here, for one.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from torch import Tensor
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # as in stable_baselines3.sac.policies
 _SQUASH = 1e-6  # SB3's guard in the logarithm of 1 - a^2
 _BLOCK = 64  # floats, a multiple of what elementwise operations take at a time
+_LINE = 16  # floats in 64 bytes: products may round otherwise for matrices that start elsewhere
+_SMALL = 16**3  # multiplications, see _product
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -38,9 +42,9 @@ class Stack:
 
     Attributes:
         flat: all parameters. Layer by layer the weights [M, out, in] of all networks, then the biases [M, out];
-            only the first layer has them together, [M, out, in + 1], for inputs that end in a one. A layer's
-            weights lie without gaps, which the fast kernels would close by copying; every part starts at a
-            multiple of 64, with zeros before it.
+            only the first layer has them together, [M, out, in + 1], for inputs that end in a one. Every
+            network's part starts at a multiple of 16, with zeros before it. Where there is no gap, as with most
+            widths, the fast kernels need no copy.
         grad: what ``backward`` writes, in the same order.
     """
 
@@ -50,15 +54,16 @@ class Stack:
         for n, m in pairwise(sizes[1:]):
             self._shapes += [(count, m, n), (count, m)]
         self._shapes.append((spare, 1))
-        self._starts = [0, *accumulate(-(-math.prod(shape) // _BLOCK) * _BLOCK for shape in self._shapes)]
+        self._starts = [0, *accumulate(_up(shape[0] * _up(math.prod(shape[1:])), _BLOCK) for shape in self._shapes)]
         self.flat = torch.zeros(self._starts[-1], device=device)
         self.grad = torch.zeros_like(self.flat)
         self._layers, self._grads = self._pairs(self.flat), self._pairs(self.grad)
+        self._factors = [(w.transpose(1, 2), b if b is None else b.unsqueeze(1)) for w, b in self._layers]
         self._memory: dict[tuple[int, str], list[Tensor]] = {}
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
         return [
-            flat[start : start + math.prod(shape)].view(shape)
+            _cut(flat[start : start + shape[0] * _up(math.prod(shape[1:]))], shape)
             for start, shape in zip(self._starts, self._shapes, strict=False)
         ]
 
@@ -82,7 +87,7 @@ class Stack:
         """Return where the inputs of ``forward`` go, [M, batch, in + 1], the same tensor every time; ends in ones."""
         key = batch, "input"
         if key not in self._memory:
-            self._memory[key] = [torch.ones(self.count, batch, self.sizes[0] + 1, device=self.flat.device)]
+            self._memory[key] = [self._space(batch, self.sizes[0] + 1)]
         return self._memory[key][0]
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -91,19 +96,20 @@ class Stack:
         The tensors are overwritten by the next call with the same B.
         """
         values = [x]
-        for place, ((weight, bias), out) in enumerate(zip(self._layers, self._work(x.shape[1], "value"), strict=True)):
-            torch.bmm(x, weight.transpose(1, 2), out=out)
+        for place, ((weight, bias), out) in enumerate(zip(self._factors, self._work(x.shape[1], "value"), strict=True)):
+            _product(x, weight, out=out)
             if bias is not None:
-                out.add_(bias.unsqueeze(1))
+                out.add_(bias)
             x = out.relu_() if place < len(self._layers) - 1 else out
             values.append(x)
         return values
 
     def backward(self, values: list[Tensor], grad: Tensor) -> None:
         """Write the parameters' gradients to ``grad``, for the gradient [M, B, out] of the output."""
+        grad = self._placed(grad)
         for place in range(len(self._layers) - 1, -1, -1):
             weight_grad, bias_grad = self._grads[place]
-            torch.bmm(grad.transpose(1, 2), values[place], out=weight_grad)
+            _product(grad.transpose(1, 2), values[place], out=weight_grad)
             if bias_grad is not None:
                 torch.sum(grad, 1, out=bias_grad)
             if place:
@@ -111,9 +117,10 @@ class Stack:
 
     def input_grad(self, values: list[Tensor], grad: Tensor, first: int) -> Tensor:
         """Return the gradient of input columns from ``first`` on, [M, B, in - first]."""
+        grad = self._placed(grad)
         for place in range(len(self._layers) - 1, 0, -1):
             grad = self._through(place, values, grad)
-        return torch.bmm(grad, self._layers[0][0][:, :, first:-1])
+        return _product(grad, self._layers[0][0][:, :, first:-1])
 
     def _through(self, place: int, values: list[Tensor], grad: Tensor) -> Tensor:
         """Return the gradient [M, B, in of layer ``place``] before the ReLU that made the layer's input."""
@@ -122,17 +129,25 @@ class Stack:
         if grad.shape[2] == 1:
             torch.mul(grad, weight, out=out)
         else:
-            torch.bmm(grad, weight, out=out)
+            _product(grad, weight, out=out)
         return torch.ops.aten.threshold_backward.grad_input(out, values[place], 0, grad_input=out)
 
     def _work(self, batch: int, what: str) -> list[Tensor]:
         """Return a tensor [M, batch, width] for every layer's output, the same ones every time."""
         key = batch, what
         if key not in self._memory:
-            self._memory[key] = [
-                torch.empty(self.count, batch, width, device=self.flat.device) for width in self.sizes[1:]
-            ]
+            self._memory[key] = [self._space(batch, width) for width in self.sizes[1:]]
         return self._memory[key]
+
+    def _space(self, batch: int, width: int) -> Tensor:
+        """Return ones [M, batch, width]; every network's start at a multiple of 16."""
+        return _cut(torch.ones(self.count * _up(batch * width), device=self.flat.device), (self.count, batch, width))
+
+    def _placed(self, grad: Tensor) -> Tensor:
+        """Return the output's gradient with every network's part at a multiple of 16."""
+        if grad.shape[1] * grad.shape[2] % _LINE == 0:
+            return grad
+        return self._work(grad.shape[1], "grad")[-1].copy_(grad)
 
 
 class Adam:
@@ -247,29 +262,33 @@ class StackedSac:
         following, taken = rows[..., :width], rows[..., width : 2 * width + size]
         reward, going = rows[..., -2], rows[..., -1]
 
-        # the policy at s and at s'
-        seen = self.actor.inputs(2 * batch)
-        seen[:, :batch, :-1] = taken[..., :width]
-        seen[:, batch:, :-1] = following
+        # the policy at s' and at s, whose hidden layers the actor's step needs
+        seen = self.actor.inputs(batch)
+        heads = torch.empty(2, n, batch, 2 * size, device=rows.device)  # at s, then at s'
+        seen[..., :-1] = following
+        heads[1] = self.actor.forward(seen)[-1]
+        seen[..., :-1] = taken[..., :width]
         values = self.actor.forward(seen)
-        mean, raw = values[-1].split(size, dim=2)
+        heads[0] = values[-1]
+        noise = noise.view(n, 2, batch, size).transpose(0, 1).contiguous()
+        mean, raw = heads.split(size, dim=3)
         log_std = raw.clamp(LOG_STD_MIN, LOG_STD_MAX)
         spread = log_std.exp().mul_(noise)  # std * noise
         action = (mean + spread).tanh_()
         slope = 1 - action * action
         guarded = slope + _SQUASH
-        log_prob = (-0.5 * noise * noise - log_std - guarded.log()).sum(2) - size * _HALF_LOG_TWO_PI
+        log_prob = (-0.5 * noise * noise - log_std - guarded.log()).sum(3) - size * _HALF_LOG_TWO_PI
         temperature = self.log_temperature.exp()
         if self._learns:
             # d/d log(alpha) of -log(alpha) (log pi + H), with H = -action_size
-            torch.mean(size - log_prob[:, :batch], 1, keepdim=True, out=self._temperature_grad)
+            torch.mean(size - log_prob[0], 1, keepdim=True, out=self._temperature_grad)
 
         # critics: towards r + gamma (min Q'(s', a') - alpha log pi)
         pairs = self.target.inputs(batch)
         both = pairs.view(2, n, batch, -1)
-        both[..., :width], both[..., width:-1] = following, action[:, batch:]
+        both[..., :width], both[..., width:-1] = following, action[1]
         ahead = self.target.forward(pairs)[-1]
-        ahead = ahead.view(2, n, batch).amin(0) - temperature * log_prob[:, batch:]
+        ahead = ahead.view(2, n, batch).amin(0) - temperature * log_prob[1]
         goal = reward + going * (self._gamma * ahead)
         pairs = self.critic.inputs(batch)
         both = pairs.view(2, n, batch, -1)
@@ -280,25 +299,25 @@ class StackedSac:
         self.optimizers["critic"].take()
 
         # actor: down alpha log pi - min Q(s, a)
-        both[..., width:-1] = action[:, :batch]
+        both[..., width:-1] = action[0]
         judged = self.critic.forward(pairs)
         first, second = judged[-1].view(2, n, batch)
         lower = (first <= second).to(first.dtype)
         through = torch.stack([lower, 1 - lower]).mul_(-1 / batch).view(2 * n, batch, 1)
         grad = self.critic.input_grad(judged, through, width).view(2, n, batch, size).sum(0)
-        action, slope, guarded = action[:, :batch], slope[:, :batch], guarded[:, :batch]
+        action, slope, guarded = action[0], slope[0], guarded[0]
         weight = (temperature / batch)[..., None]
         grad_mean = grad * slope + weight * (2 * action * slope / guarded)
-        inside = (raw[:, :batch] >= LOG_STD_MIN) & (raw[:, :batch] <= LOG_STD_MAX)
-        grad_log_std = (grad_mean * spread[:, :batch] - weight) * inside
-        self.actor.backward([value[:, :batch] for value in values], torch.cat([grad_mean, grad_log_std], 2))
+        inside = raw[0] == log_std[0]
+        grad_log_std = (grad_mean * spread[0] - weight) * inside
+        self.actor.backward(values, torch.cat([grad_mean, grad_log_std], 2))
         self.optimizers["actor"].take()
 
         self.target.flat.lerp_(self.critic.flat, self._tau)
         if not losses:
             return {}
         return {
-            "actor_loss": (temperature * log_prob[:, :batch] - torch.minimum(first, second)).mean(1),
+            "actor_loss": (temperature * log_prob[0] - torch.minimum(first, second)).mean(1),
             "critic_loss": 0.5 * (error * error).mean(2).sum(0),
             "ent_coef": temperature[:, 0],
         }
@@ -306,3 +325,30 @@ class StackedSac:
 
 def _log(value: float) -> float:
     return math.log(value) if value > 0 else -math.inf
+
+
+def _up(size: int, unit: int = _LINE) -> int:
+    """Return the multiple of ``unit`` from ``size`` on."""
+    return -(-size // unit) * unit
+
+
+def _cut(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return ``flat`` [count * width, rounded up] as ``shape``, [count, ...], without the gaps."""
+    width = math.prod(shape[1:])
+    return flat.view(shape[0], _up(width))[:, :width].view(shape)
+
+
+def _product(one: Tensor, two: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the products of the matrices in ``one`` and ``two``, each by the same kernel whatever their number.
+
+    PyTorch takes its fast kernels where all products together have more than ``_SMALL`` multiplications. So that a
+    task's bits do not depend on the other tasks, here they are taken where each has.
+    """
+    kernels = torch.get_float32_matmul_precision()
+    if kernels == "highest" or one.shape[1] * one.shape[2] * two.shape[2] > _SMALL:
+        return torch.bmm(one, two, out=out)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return torch.bmm(one, two, out=out)
+    finally:
+        torch.set_float32_matmul_precision(kernels)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-
 Kernels = Literal["float32", "fast"]
 
 # between the error of float32 sums (below 1e-6) and of bfloat16 factors (above 1e-3)
@@ -18,6 +16,8 @@ def product_error(precision: str) -> float:
     Args:
         precision: ``highest``, ``high`` or ``medium``, see ``torch.set_float32_matmul_precision``.
     """
+    import torch  # here, so that a configuration can name its kernels without loading it
+
     generator = torch.Generator().manual_seed(0)
     one, two = (torch.randn(n, 256, generator=generator, dtype=torch.float32) for n in (512, 256))
     before = torch.get_float32_matmul_precision()
@@ -40,6 +40,8 @@ def set_kernels(kind: Kernels) -> str:
     Args:
         kind: ``float32``: the default kernels; ``fast``: those of ``medium``, unless they round.
     """
+    import torch
+
     chosen = "medium" if kind == "fast" and product_error("medium") < _EXACT else "highest"
     torch.set_float32_matmul_precision(chosen)
     return chosen
