@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
 METAWORLD := .venv-metaworld
+SBX := .venv-sbx
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup setup-metaworld test-metaworld repro test test-fast campaign lint format bench pipelines lock clean clean-all
+.PHONY: help setup setup-metaworld test-metaworld repro test test-fast campaign lint format bench bench-sbx pipelines lock clean clean-all
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
@@ -60,6 +61,15 @@ format: setup  ## format the code
 bench: setup  ## run every benchmark (some minutes)
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; python $$file || exit 1; done
 
+$(SBX)/.setup-stamp: requirements-sbx.lock
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; OMRL needs Python 3.11 (set PYTHON=...)" >&2; exit 2; }
+	test -x $(SBX)/bin/python || $(PYTHON) -m venv $(SBX)
+	$(SBX)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-sbx.lock
+	@touch $@
+
+bench-sbx: setup $(SBX)/.setup-stamp  ## SAC engines beside SBX (SB3 in JAX), which gets an environment in .venv-sbx
+	python benchmarks/engines.py speed
+
 pipelines: setup  ## make every pipelines/<name>/ a DVC project with the root's dvc.yaml
 	@for folder in pipelines/*/; do \
 	  mkdir -p $$folder/.dvc $$folder/source; \
@@ -81,4 +91,4 @@ clean:  ## remove caches, unfinished work and what the smoke pipeline left; keep
 	find omrl stages tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean  ## also remove the environment and all built data (the DVC cache stays)
-	rm -rf $(VENV) $(METAWORLD) data pipelines/*/data
+	rm -rf $(VENV) $(METAWORLD) $(SBX) data pipelines/*/data

@@ -1,11 +1,13 @@
 """One measurement of ``engines.py``, in a process of its own on one core: ``python _peer.py WHO SETTINGS``.
 
 ``WHO`` is ``sb3`` or ``sbx``, whose SAC has the same interface, or ``batched``. ``SETTINGS`` is JSON: ``core``,
-``env``, ``horizon``, ``sac`` (resolved ``behavior.sac``), ``seconds``; for ``batched`` also ``tasks`` and ``matmul``.
+``env``, ``horizon``, ``sac`` (resolved ``behavior.sac``), ``seconds``, ``tasks`` (SB3 and SBX train one of them); for
+``batched`` also ``matmul``.
 Prints JSON: ``steps``, task-steps with one gradient step each per second of processor time; for ``batched`` also
 ``peak``, the floating-point operations per second of one large matrix product, and ``operations``, those in the
-products of a task-step. Processor time on a busy machine still pays for caches that others have emptied, so a step's
-time is the first percentile of all steps', for every engine alike.
+products of a task-step. Processor time on a busy machine still pays for caches that others have emptied, so all
+engines are timed in pieces of ``tasks`` task-steps, and the first percentile of the pieces counts. Single steps would
+not do for SBX: JAX works behind the caller's back, and a step's work may be done in the next one.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ WARM_UP = 30  # steps with an update that are not timed: compilation, first touc
 
 
 def fast(seconds: list[float]) -> float:
-    """Return a step's processor time when nothing disturbs it: one in a hundred is faster."""
+    """Return a piece's processor time when nothing disturbs it: one in a hundred is faster."""
     return sorted(seconds)[len(seconds) // 100]
 
 
@@ -56,7 +58,7 @@ def peer(who: str, settings: dict[str, Any]) -> dict[str, float]:
 
     class Clock(BaseCallback):
         def _on_step(self) -> bool:
-            if self.n_calls >= first:
+            if self.n_calls >= first and (self.n_calls - first) % settings["tasks"] == 0:
                 moments.append(time.process_time())
             return not moments or moments[-1] - moments[0] < settings["seconds"]
 
@@ -65,7 +67,7 @@ def peer(who: str, settings: dict[str, Any]) -> dict[str, float]:
     sac["policy_kwargs"] = {"net_arch": sac.pop("net_arch")}
     sac["buffer_size"] = STEPS
     SAC("MlpPolicy", env, seed=0, device="cpu", **sac).learn(STEPS, callback=Clock())
-    return {"steps": 1 / fast([after - before for before, after in pairwise(moments)])}
+    return {"steps": settings["tasks"] / fast([after - before for before, after in pairwise(moments)])}
 
 
 def batched(settings: dict[str, Any]) -> dict[str, float]:

@@ -1,14 +1,19 @@
-"""Both SAC engines on the same work: environment steps per second, and learning curves over seeds.
+"""SAC engines on the same work: environment steps per second, and learning curves over seeds.
 
-``python benchmarks/engines.py speed`` times them on the cores that exist, SB3 on a few tasks, since its rate
-does not depend on their number. ``python benchmarks/engines.py parity [picture.png]`` trains one task of each
-family with several seeds and prints the mean return of the deterministic policy by step, with 95 % intervals
-of the mean over seeds (Student), and draws the curves.
+``python benchmarks/engines.py speed [SECONDS]`` gives task-steps, with one gradient step each, per second of processor
+time on one core and thread: of SB3, of SBX (SB3 in JAX, if ``make bench-sbx`` has made its environment) and of the
+batched engine, with both kinds of kernels. ``of peak`` is the share of what one large matrix product of the same run
+reaches. ``python benchmarks/engines.py parity [picture.png]`` trains one task of each family with several seeds and
+prints the mean return of the deterministic policy by step, with 95 % intervals of the mean over seeds (Student), and
+draws the curves.
 """
 
 from __future__ import annotations
 
 import csv
+import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,23 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _bench import table
 from scipy import stats
 
 from omrl.behavior import batched, sb3
 from omrl.behavior.base import PROGRESS, BehaviorConfig, Run
-from omrl.core.parallel import worker_count
 from omrl.envs.base import load_family
 
 ENGINES = {"sb3": sb3.train, "batched": batched.train}
-SPEED: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {  # family, tasks, steps, steps of sb3, settings
-    "point robots, 64 x 64": ("sparse-point-robot", 40, 2000, 1500, {}),
-    "half-cheetah, 256 x 256": (
+ROOT = Path(__file__).resolve().parents[1]
+SBX = ROOT / ".venv-sbx/bin/python"
+CHEETAH = {"gamma": 0.99, "learning_starts": 100}
+SPEED: dict[str, tuple[str, int, dict[str, Any]]] = {  # family, tasks of the batched engine, settings
+    "point robots, 64 x 64, batch 128": ("sparse-point-robot", 20, {"batch_size": 128, "net_arch": [64, 64]}),
+    "half-cheetah, 128 x 128, batch 128": ("half-cheetah-vel", 10, CHEETAH | {"net_arch": [128, 128]}),
+    "half-cheetah, 256 x 256, batch 256": (
         "half-cheetah-vel",
         10,
-        1200,
-        800,
-        {"net_arch": [256, 256], "batch_size": 256, "learning_starts": 100, "gamma": 0.99},
+        CHEETAH | {"net_arch": [256, 256], "batch_size": 256},
     ),
 }
 MUJOCO = {"gamma": 0.99, "learning_starts": 1000, "net_arch": [64, 64], "ent_coef": "auto_0.2"}
@@ -60,35 +65,46 @@ def runs_of(env: str, count: int, folder: Path, same_task: bool) -> list[Run]:
     return [Run(i, family.sample(0 if same_task else i, 1337), i, str(folder / str(i))) for i in range(count)]
 
 
-def speed() -> None:
-    """Print environment steps per second, summed over tasks, with one gradient step each."""
-    cores = worker_count()
-    for name, (env, tasks, steps, peer_steps, sac) in SPEED.items():
-        for matmul in ("float32", "bfloat16"):
-            with tempfile.TemporaryDirectory() as where:
-                folder = Path(where)
-                peer = train(
-                    "sb3",
-                    env,
-                    runs_of(env, cores, folder / "sb3", False),
-                    folder,
-                    total_steps=peer_steps,
-                    checkpoint_every=peer_steps,
-                    sac=sac,
-                )
-                ours = train(
-                    "batched",
-                    env,
-                    runs_of(env, tasks, folder / "batched", False),
-                    folder,
-                    total_steps=steps,
-                    checkpoint_every=steps,
-                    sac=sac,
-                    extra={"matmul": matmul},
-                )
-            print(f"{name}, {tasks} tasks, {cores} cores, {matmul}, worker start-up included")
-            scaled = peer * tasks * steps / (cores * peer_steps)
-            table("task-steps/s", tasks * steps, ("SB3, one process per core", scaled), ("batched", ours))
+def measured(who: str, settings: dict[str, Any]) -> dict[str, float]:
+    """Return what ``_peer.py`` measured in a process of its own."""
+    python = str(SBX) if who == "sbx" else sys.executable
+    one_thread = {
+        "OMP_NUM_THREADS": "1",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [python, str(ROOT / "benchmarks/_peer.py"), who, json.dumps(settings)]
+    run = subprocess.run(command, env=os.environ | one_thread, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def speed(seconds: float) -> None:
+    """Print task-steps per second of processor time, one gradient step each, as a table."""
+    if not SBX.exists():
+        print(f"no {SBX.relative_to(ROOT)}: without SBX ('make bench-sbx' makes its environment)")
+    print("| work | SB3 | SBX | float32 | of peak | fast | of peak | fast to SB3 | fast to SBX |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for name, (env, tasks, sac) in SPEED.items():
+        config = BehaviorConfig.model_validate({"sac": sac})
+        settings = {
+            "core": max(os.sched_getaffinity(0)),
+            "env": env,
+            "horizon": config.horizon,
+            "sac": config.resolved()["sac"],
+            "seconds": seconds,
+            "tasks": tasks,
+        }
+        cells, ours = [], {}
+        peers = {who: measured(who, settings)["steps"] for who in ("sb3", "sbx") if who == "sb3" or SBX.exists()}
+        for kind in ("float32", "fast"):
+            found = measured("batched", settings | {"matmul": kind})
+            ours[kind] = found["steps"]
+            cells += [f"{found['steps']:,.0f}", f"{found['steps'] * found['operations'] / found['peak']:.0%}"]
+        rates = [f"{peers[who]:,.0f}" if who in peers else "" for who in ("sb3", "sbx")]
+        ratios = [f"{ours['fast'] / peers[who]:.1f}" if who in peers else "" for who in ("sb3", "sbx")]
+        print("| " + " | ".join([f"{name}, {tasks} tasks", *rates, *cells, *ratios]) + " |", flush=True)
 
 
 def parity(picture: str | None) -> None:
@@ -145,4 +161,4 @@ if __name__ == "__main__":
     if what == "parity":
         parity(sys.argv[2] if len(sys.argv) > 2 else None)
     else:
-        speed()
+        speed(float(sys.argv[2]) if len(sys.argv) > 2 else 4.0)

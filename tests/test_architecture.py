@@ -229,11 +229,22 @@ def test_every_pipeline_has_the_same_graph_text_and_no_links():
         assert (folder / "params.yaml").is_file()
 
 
+def pins(name: str) -> dict[str, str]:
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in lines)
+    return dict(line.split("==") for line in lines)
+
+
 def test_no_address_in_the_lock_and_everything_pinned():
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pins = [line for line in lines if not line.startswith("#")]
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", pin) for pin in pins)
-    assert "torch==2.13.0" in pins
+    assert pins("requirements.lock")["torch"] == "2.13.0"
+
+
+def test_the_peers_environment_has_our_versions():
+    ours, theirs = pins("requirements.lock"), pins("requirements-sbx.lock")
+    assert {"sbx-rl", "jax", "flax"} <= set(theirs) - set(ours)
+    shared = {"gymnasium", "mujoco", "numpy", "pydantic", "stable_baselines3", "torch"}
+    assert shared <= set(theirs)
+    assert {name: theirs[name] for name in set(ours) & set(theirs)} == {n: ours[n] for n in set(ours) & set(theirs)}
 
 
 def test_stages_are_thin():
