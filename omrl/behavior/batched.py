@@ -250,17 +250,17 @@ class Group:
         """Write task ``place`` as a standard SB3 checkpoint, optimizers included."""
         run, sac, optimizers = self.runs[place], self.sac, self.sac.optimizers
         model = sb3.make_model(self.family, run.task, self.config, run.seed)
-        for stack, module, optimizer, target in (
-            (sac.actor, model.actor, optimizers["actor"], model.actor.optimizer),
-            (sac.critic, model.critic, optimizers["critic"], model.critic.optimizer),
-            (sac.target, model.critic_target, None, None),
+        for stack, module, optimizer in (
+            (sac.actor, model.actor, optimizers["actor"]),
+            (sac.critic, model.critic, optimizers["critic"]),
+            (sac.target, model.critic_target, None),
         ):
             parameters = list(module.parameters())
             for parameter, piece in zip(parameters, self._pieces(stack, stack.flat, place), strict=True):
                 parameter.copy_(piece)
             if optimizer is not None and self.clock.updates:
                 moments = {k: self._pieces(stack, flat, place) for k, flat in optimizer.moments.items()}
-                sb3.set_adam(target, parameters, self.clock.updates, moments)
+                sb3.set_adam(module.optimizer, parameters, self.clock.updates, moments)
         if model.ent_coef_optimizer is not None and model.log_ent_coef is not None:
             model.log_ent_coef.copy_(sac.log_temperature[place])
             if self.clock.updates:
