@@ -238,13 +238,16 @@ class StackedSac:
             observation: C per task.
             noise: standard normal, as the actions; None for the policies' modes.
         """
-        seen = self.actor.inputs(observation.shape[1])
-        seen[..., :-1] = observation
-        output = self.actor.forward(seen)[-1]
-        mean, log_std = output.split(self.action_size, dim=2)
+        mean, log_std = self._policy(observation)[-1].split(self.action_size, dim=2)
         if noise is None:
             return torch.tanh(mean)
         return torch.tanh(mean + log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp() * noise)
+
+    def _policy(self, observation: Tensor) -> list[Tensor]:
+        """Return the actor's values for observations [N, B, observation_size], see ``Stack.forward``."""
+        seen = self.actor.inputs(observation.shape[1])
+        seen[..., :-1] = observation
+        return self.actor.forward(seen)
 
     def update(self, rows: Tensor, noise: Tensor, losses: bool = False) -> dict[str, Tensor]:
         """Take one gradient step for every task.
@@ -259,16 +262,13 @@ class StackedSac:
         """
         n, batch, _ = rows.shape
         width, size = self.observation_size, self.action_size
-        following, taken = rows[..., :width], rows[..., width : 2 * width + size]
+        following, observation = rows[..., :width], rows[..., width : 2 * width]
         reward, going = rows[..., -2], rows[..., -1]
 
         # the policy at s' and at s, whose hidden layers the actor's step needs
-        seen = self.actor.inputs(batch)
         heads = torch.empty(2, n, batch, 2 * size, device=rows.device)  # at s, then at s'
-        seen[..., :-1] = following
-        heads[1] = self.actor.forward(seen)[-1]
-        seen[..., :-1] = taken[..., :width]
-        values = self.actor.forward(seen)
+        heads[1] = self._policy(following)[-1]
+        values = self._policy(observation)
         heads[0] = values[-1]
         noise = noise.view(n, 2, batch, size).transpose(0, 1).contiguous()
         mean, raw = heads.split(size, dim=3)
@@ -284,23 +284,15 @@ class StackedSac:
             torch.mean(size - log_prob[0], 1, keepdim=True, out=self._temperature_grad)
 
         # critics: towards r + gamma (min Q'(s', a') - alpha log pi)
-        pairs = self.target.inputs(batch)
-        both = pairs.view(2, n, batch, -1)
-        both[..., :width], both[..., width:-1] = following, action[1]
-        ahead = self.target.forward(pairs)[-1]
-        ahead = ahead.view(2, n, batch).amin(0) - temperature * log_prob[1]
+        ahead = _judge(self.target, following, action[1])[-1].view(2, n, batch).amin(0) - temperature * log_prob[1]
         goal = reward + going * (self._gamma * ahead)
-        pairs = self.critic.inputs(batch)
-        both = pairs.view(2, n, batch, -1)
-        both[..., :-1] = taken
-        judged = self.critic.forward(pairs)
+        judged = _judge(self.critic, observation, rows[..., 2 * width : 2 * width + size])
         error = judged[-1].view(2, n, batch) - goal
         self.critic.backward(judged, (error / batch).view(2 * n, batch, 1))
         self.optimizers["critic"].take()
 
         # actor: down alpha log pi - min Q(s, a)
-        both[..., width:-1] = action[0]
-        judged = self.critic.forward(pairs)
+        judged = _judge(self.critic, observation, action[0])
         first, second = judged[-1].view(2, n, batch)
         lower = (first <= second).to(first.dtype)
         through = torch.stack([lower, 1 - lower]).mul_(-1 / batch).view(2 * n, batch, 1)
@@ -325,6 +317,15 @@ class StackedSac:
 
 def _log(value: float) -> float:
     return math.log(value) if value > 0 else -math.inf
+
+
+def _judge(critics: Stack, observation: Tensor, action: Tensor) -> list[Tensor]:
+    """Return the values of both critics for s and a [N, B, ...], see ``Stack.forward``."""
+    n, batch, width = observation.shape
+    pairs = critics.inputs(batch)
+    both = pairs.view(2, n, batch, -1)
+    both[..., :width], both[..., width:-1] = observation, action
+    return critics.forward(pairs)
 
 
 def _up(size: int, unit: int = _LINE) -> int:
