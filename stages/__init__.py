@@ -19,7 +19,11 @@ if sys.argv[0] == "-m":  # while 'python -m stages.<name>' imports this package
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a stage's ``main`` as the only process at this cell."""
+    """Run a stage's ``main`` as the only process at this cell.
+
+    It dies with its parent: it must not go on writing after the ``dvc repro`` that started it was killed.
+    """
+    errors.die_with_parent()
     errors.run(lambda: _alone(main))
 
 

@@ -308,6 +308,24 @@ def group(session: int) -> list[str]:
     return [command for command in found if command]
 
 
+def test_a_command_outlives_the_shell_that_started_it(tmp_path):
+    """'nohup omrl repro &' goes on after the log-out; a stage does not outlive its dvc (test_faults)."""
+    started, done = tmp_path / "started", tmp_path / "done"
+    code = (
+        "import sys, time; from pathlib import Path; from omrl.core.errors import run; "
+        "run(lambda: (Path(sys.argv[1]).touch(), time.sleep(1), Path(sys.argv[2]).touch()))"
+    )
+    shell = (
+        f'"{sys.executable}" -c "{code}" "{started}" "{done}" >/dev/null 2>&1 & '
+        f'while [ ! -e "{started}" ]; do sleep 0.05; done'
+    )
+    subprocess.run(["sh", "-c", shell], cwd=ROOT, check=True)
+    end = time.monotonic() + 20
+    while not done.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert done.exists()
+
+
 def test_a_stage_whose_parent_died_before_it_began_does_nothing(tmp_path):
     (tmp_path / "params.yaml").write_text((ROOT / "pipelines/smoke/params.yaml").read_text())
     start = textwrap.dedent("""

@@ -201,10 +201,9 @@ def explain(error: BaseException) -> str | None:
 def run(main: Callable[[], None]) -> None:
     """Run a program: user errors end in one line on stderr and exit code 2, without a traceback.
 
-    It dies with its parent: a stage must not go on writing after the ``dvc repro`` that started it was killed.
-    SIGINT, SIGTERM and SIGHUP end it with one line and 130, 143 and 129, with everything put away.
+    SIGINT, SIGTERM and SIGHUP end it with one line and 130, 143 and 129, with everything put away. It outlives the
+    shell that started it, so that ``nohup omrl repro &`` goes on after a log-out.
     """
-    die_with_parent()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     _listen(_stop)
     try:
