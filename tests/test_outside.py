@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_every_pipeline_can_be_begun_from_and_its_check_passes(tmp_path):
     known = presets()
-    assert {"default", "smoke", "focal-table-6"} <= set(known)
+    assert {"default", "smoke", "sparse-point-robot"} <= set(known)
     for name in set(known) - {"metaworld-ml1"}:  # an extra
         init(tmp_path / f"from-{name}", name, plugin=False)  # it ends with a check
-    copied = (tmp_path / "from-focal-table-6/params.yaml").read_text()
-    original = (ROOT / "pipelines/focal-table-6/params.yaml").read_text()
+    copied = (tmp_path / "from-sparse-point-robot/params.yaml").read_text()
+    original = (ROOT / "pipelines/sparse-point-robot/params.yaml").read_text()
     differing = [(a, b) for a, b in zip(copied.splitlines(), original.splitlines(), strict=True) if a != b]
     assert [a.partition(" #")[0] for a, _ in differing] == ["repository: installed"]
 

@@ -56,6 +56,29 @@ def test_the_params_of_the_project_are_sound(file):
     assert sum(cell.startswith("evaluate@") for cell in cells) == models * len(datasets["test"])
 
 
+def test_the_point_robots_tables_have_one_set_of_settings():
+    """The same cell of two pipelines is then the same number, and DVC's run-cache has trained it once."""
+    shared = ["repository", "env", "env_config", "tasks", "shards", "seed", "behavior", "rollouts", "meta_train",
+              "seeds", "online"]  # fmt: skip
+    sparse = ["sparse-point-robot", "sparse-point-robot-shift", "sparse-point-robot-relabelled"]
+    files = {name: yaml.safe_load((ROOT / f"pipelines/{name}/params.yaml").read_text()) for name in
+             [*sparse, "point-robot-wind"]}  # fmt: skip
+    table, shift, relabelled = (files[name] for name in sparse)
+    for other in (shift, relabelled):
+        assert {key: table[key] for key in shared} == {key: other[key] for key in shared}
+        for key in ("levels", "transitions_per_task"):
+            assert table["dataset"][key] == other["dataset"][key]
+    assert table["evaluate"] == shift["evaluate"]
+    assert table["evaluate"].items() <= relabelled["evaluate"].items()
+    for key in ("meta_train", "seeds", "evaluate"):
+        assert table[key] == files["point-robot-wind"][key]
+    for name, values in files.items():
+        for algorithm, settings in values["algorithms"].items():
+            assert settings == table["algorithms"].get(algorithm, settings), f"{name}: {algorithm}"
+    assert {"focal", "focalpp"} <= table["algorithms"].keys() & shift["algorithms"].keys()
+    assert set(table["dataset"]["train"]) <= set(shift["dataset"]["train"])
+
+
 def test_the_cells_are_those_of_the_graph():
     cells = params.check(ROOT / "params.yaml")
     assert "meta_train@focal-expert-0" in cells

@@ -20,13 +20,13 @@ from omrl.core.files import write_json, write_manifest, write_text
 from omrl.data.parquet import write_table
 from omrl.envs.base import load_family
 from omrl.provenance import fingerprint
-from omrl.report import ReportConfig, figures, scene
+from omrl.report import ReportConfig, figures, page, scene, tables
 from omrl.report.build import build_report
-from omrl.report.published import TABLES
+from omrl.report.published import TABLES, Published
 from omrl.report.tables import Evaluation, drop, evaluation_folder, load_evaluations, table_rows
 
 FAMILY = load_family("sparse-point-robot")
-CONFIG = ReportConfig(bootstrap_samples=100, published="focal-table-6")
+CONFIG = ReportConfig(bootstrap_samples=100, published=["focal-table-6"])
 LEVELS = ("step-4800", "step-2200")
 
 
@@ -218,6 +218,36 @@ def test_the_table_has_published_numbers_drops_and_references(folder):
     assert "| *oracle* |" in text
     assert "Table 6" in text
     assert "offline-context" in text
+
+
+def test_a_cell_may_stand_in_several_tables(folder, monkeypatch):
+    """Two papers with one number are named together; other numbers and other quantities stand beside."""
+    again = Published("A (B, 2020), Table 7", {("focal", "step-4800", "step-4800"): 9.5}, {}, "Anew.")
+    spread = Published("C (D), Table 1", {("focal", "step-4800", "step-4800"): 0.25}, {}, "Measured.", "esr")
+    monkeypatch.setitem(TABLES, "again", again)
+    monkeypatch.setitem(TABLES, "spread", spread)
+    named = ["focal-table-6", "focalpp-table-3-point", "again", "spread"]
+    config = ReportConfig(bootstrap_samples=100, published=named)
+    evaluations = load_evaluations(json.loads((folder / "data/plan/cells.json").read_text())["evaluations"])
+    rows = table_rows(evaluations, config)
+    first = rows[0]
+    assert [(q.quantity, q.value, q.labels) for q in first.published] == [
+        ("return", 8.16, "FOCAL, Table 6, FOCAL++, Table 3"), ("return", 9.5, "A, Table 7"), ("esr", 0.25, "C, Table 1")
+    ]  # fmt: skip
+    facts = {"env": "x", "returns": "sparse", "horizon": 20, "test_tasks": 2, "seeds": 2, "protocol": "p",
+             "other_form": "Eq. 35"}  # fmt: skip
+    text = tables.markdown(rows, {}, {}, config, facts)
+    line = next(line for line in text.splitlines() if line.startswith("| focal | step-4800 | step-4800"))
+    assert line.endswith(
+        "| 8.16 (FOCAL, Table 6, FOCAL++, Table 3); 9.50 (A, Table 7) | +1.98; +0.64 | 0.250 | 0.500 |"
+    )
+    other = next(line for line in text.splitlines() if line.startswith("| focalpp"))
+    assert other.endswith("| 12.60 (FOCAL++, Table 3) | -1.10 |  | 0.500 |")
+    assert text.count("Published: ") == 4
+    main, _ = page.results_tables(rows, {}, {}, "95%", tables.quantities(config), facts)
+    titles = [column.title for column in main.columns]
+    assert titles[-4:] == ["published", "ours − published", "ESR, published", "ESR, ours"]
+    assert [field.text for field in main.rows[0][-4:]] == ["8.16; 9.50", "+1.98; +0.64", "0.250", "0.500"]
 
 
 def test_rivals_are_compared_on_the_same_tasks_and_unsupported_differences_marked(folder):
@@ -476,6 +506,10 @@ def test_projection_finds_the_plane_that_points_lie_in():
 def test_a_published_table_that_does_not_exist_is_refused():
     with pytest.raises(UserError, match=r"report\.published.*did you mean 'focal-table-6'"):
         parse(ReportConfig, {"published": "focal-table-7"}, "params.yaml: report")
+    with pytest.raises(UserError, match=r"report\.published.*expected each table once"):
+        parse(ReportConfig, {"published": ["focal-table-6", "focal-table-6"]}, "params.yaml: report")
+    assert parse(ReportConfig, {"published": "focal-table-6"}, "x").published == ["focal-table-6"]
+    assert parse(ReportConfig, {"published": None}, "x").tables == []
 
 
 def test_published_numbers_are_the_papers():

@@ -25,20 +25,26 @@ from omrl.scaffold.seeds import write_seeds
 WIDTH, HEIGHT = 120, 50  # of a screen
 
 
-def report(folder: Path, returns: dict[tuple[str, str], float], tasks: range = range(4, 10), **params: object) -> Path:
+def report(
+    folder: Path,
+    returns: dict[tuple[str, str], float],
+    tasks: range = range(4, 10),
+    context: str = "expert",
+    **params: object,
+) -> Path:
     """Write a small pipeline's params and reports; a task's own difficulty is 3 times its index."""
     values = {"env": "point-robot", "tasks": {"seed": 7}, "evaluate": {"protocol": "ood-checkpoint"}, **params}
     write_text(folder / "params.yaml", yaml.safe_dump(values))
     rows, metrics, diagnostics = [], {}, {}
     for (algorithm, train), value in returns.items():
         rows += [
-            {"algorithm": algorithm, "train_dataset": train, "test_dataset": "expert", "seed": seed, "task": task,
+            {"algorithm": algorithm, "train_dataset": train, "test_dataset": context, "seed": seed, "task": task,
              "episode": 0, "return": value + 3 * task + 0.1 * seed, "normalized": 0.5}
             for seed in (0, 1) for task in tasks
         ]  # fmt: skip
         numbers = {"mean": value, "low": value - 1, "high": value + 1, "n": 12, "normalized": 0.5}
-        metrics.setdefault(algorithm, {})[train] = {"expert": numbers}
-        diagnostics.setdefault(algorithm, {})[train] = {"expert": {"esr": 0.7}}
+        metrics.setdefault(algorithm, {})[train] = {context: numbers}
+        diagnostics.setdefault(algorithm, {})[train] = {context: {"esr": 0.7}}
     write_text(folder / "reports/results.csv", pd.DataFrame(rows).to_csv(index=False))
     write_json(folder / "reports/metrics.json", metrics)
     write_json(folder / "reports/diagnostics.json", diagnostics)
@@ -46,18 +52,20 @@ def report(folder: Path, returns: dict[tuple[str, str], float], tasks: range = r
 
 
 def test_results_stand_beside_the_published_ones(tmp_path):
-    published = {"published": "focalpp-table-1-sparse-point-robot"}
-    first = report(tmp_path / "pipelines/a", {("focal", "expert"): 8.5, ("focal", "mixed"): 1.0}, report=published)
+    published = {"published": ["focalpp-table-1-point", "focal-table-1"]}
+    returns = {("focal", "step-mixed"): 8.5, ("focal", "mixed"): 1.0}
+    first = report(tmp_path / "pipelines/a", returns, context="step-mixed", report=published)
     second = report(tmp_path / "pipelines/b", {("linear", "mixed"): 2.0}, report={"published": "focal-table-1"})
     write_text(tmp_path / "pipelines/c/params.yaml", "env: x\n")  # never built
     found = collect.all_results([first, second, tmp_path / "pipelines/c"])
     assert [result.name for result in found] == ["a", "b"]
     text = collect.as_text(found)
     assert "a: point-robot, ood-checkpoint; published: FOCAL++ (Li et al., 2022), Table 1" in text
-    row = next(line for line in text.splitlines() if line.startswith("focal      expert"))
-    assert "".join(row.split()) == "focalexpertexpert8.50[7.50,9.50]120.5011.84±1.05-3.34"
+    row = next(line for line in text.splitlines() if line.startswith("focal      step-mixed"))
+    assert row.endswith("8.50  [7.50, 9.50]  12     0.50  11.84 ± 1.05; esr 0.700 / 0.861  -3.34; -0.161")
     table = collect.as_markdown(found).splitlines()
     assert len(table) == 2 + 3
+    assert table[2].endswith("Sparse-Point-Robot; FOCAL (Li et al., ICLR 2021), Table 1, Half-Cheetah-Vel, one seed |")
     assert table[3].endswith("|  |  |  |")  # nothing published of it, so no source either
     assert len({line.count("|") for line in table}) == 1
 

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from omrl.core.config import Config
 from omrl.core.errors import suggest
-from omrl.report.published import TABLES
+from omrl.report.published import TABLES, Published
 
 
 class ReportConfig(Config):
@@ -18,17 +18,30 @@ class ReportConfig(Config):
         bootstrap_samples: replicates behind each interval.
         confidence: of the intervals.
         embedding: projection of the task embeddings to the plane.
-        published: name of a published table to stand beside ours, see ``omrl.report.published``.
+        published: names of published tables to stand beside ours, or one name, see ``omrl.report.published``.
     """
 
     bootstrap_samples: Annotated[int, Field(ge=10, le=1_000_000)] = 2000
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     embedding: Literal["pca", "tsne"] = "pca"
-    published: str | None = None
+    published: list[str] = []
+
+    @field_validator("published", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        return [] if value is None else [value] if isinstance(value, str) else value
 
     @field_validator("published")
     @classmethod
-    def _known(cls, value: str | None) -> str | None:
-        if value is not None and value not in TABLES:
-            raise ValueError(f"no such published table; {suggest(value, TABLES)}")
+    def _known(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in TABLES:
+                raise ValueError(f"no such published table; {suggest(name, TABLES)}")
+        if len(set(value)) < len(value):
+            raise ValueError("expected each table once")
         return value
+
+    @property
+    def tables(self) -> list[Published]:
+        """The published tables, in the order of ``published``."""
+        return [TABLES[name] for name in self.published]

@@ -25,7 +25,6 @@ from omrl.core.files import (
 )
 from omrl.envs.base import Family
 from omrl.report import ReportConfig, figures, page, scene, tables
-from omrl.report.published import TABLES
 
 _WITH_NUMBERS = (
     "curves", "online", "shift", "results", "profiles", "improvement", "embeddings", "context", "training", "behavior",
@@ -94,7 +93,7 @@ def _color_values(tasks: list[dict[str, Any]]) -> tuple[dict[int, float], str]:
     return {t["index"]: float(t["index"]) for t in tasks}, "task index"
 
 
-def _lead(rows: list[tables.Row], references: dict[str, float], facts: dict[str, Any], config: ReportConfig) -> str:
+def _lead(rows: list[tables.Row], references: dict[str, float], facts: dict[str, Any]) -> str:
     best = max(rows, key=lambda row: row.summary.mean)
     algorithm, train, test = best.cell
     text = (
@@ -104,9 +103,9 @@ def _lead(rows: list[tables.Row], references: dict[str, float], facts: dict[str,
         + f"random actions have {references['random']:.2f}."
     )
     text += page.verdict(rows)
-    compared = [row for row in rows if row.published is not None]
-    if compared and TABLES[config.published or ""].quantity == "return":
-        above = sum(row.summary.mean >= (row.published or 0) for row in compared)
+    compared = [(row.summary.mean, quoted) for row in rows if (quoted := row.quoted("return"))]
+    if compared:
+        above = sum(mean >= max(quote.value for quote in quoted) for mean, quoted in compared)
         text += f" Of {len(compared)} published cells, {above} are reached or exceeded."
     return text
 
@@ -314,14 +313,15 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
             (place / f"{picture.name}.png").write_bytes(picture.png)
     with atomic_dir(target / "plots") as folder:
         _plots(folder, rows, evaluations, progress, config)
-    published = TABLES[config.published] if config.published else None
-    main, more = page.results_tables(rows, references, behavior, f"{config.confidence:.0%}", published, facts)
+    main, more = page.results_tables(
+        rows, references, behavior, f"{config.confidence:.0%}", tables.quantities(config), facts
+    )
     html = page.render(
         facts=facts,
-        lead=_lead(rows, references, facts, config),
+        lead=_lead(rows, references, facts),
         main=main,
         more=more,
-        published=published,
+        published=config.tables,
         pictures=pictures,
         remark=environment[0] if environment[1] is None else "",
         datasets=page.datasets_table(cards, {name: _definition(card) for name, card in cards.items()}, behavior),

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from omrl.core.errors import UserError
 from omrl.core.yamlfile import Loader
-from omrl.report.published import TABLES
+from omrl.report.published import TABLES, Published, Quote, quotes
 from omrl.report.tables import Cell
 
 _COLUMNS = ["algorithm", "train_dataset", "test_dataset", "seed", "task", "episode", "return"]
@@ -34,10 +35,7 @@ class Line:
         mean, low, high: our return on unseen tasks and its interval.
         normalized: 0 random, 1 oracle; None where no oracle is known.
         n: scores behind it, tasks times seeds.
-        quantity: what is compared with the published number, ``return`` or the name of a diagnostic.
-        ours: our value of it.
-        published: the published one; None where there is none.
-        spread: published standard deviation.
+        published: what was published of it, each with our value of the same quantity.
     """
 
     cell: Cell
@@ -46,10 +44,7 @@ class Line:
     high: float
     normalized: float | None
     n: int
-    quantity: str
-    ours: float
-    published: float | None
-    spread: float | None
+    published: tuple[tuple[float, Quote], ...]
 
 
 class Result:
@@ -72,7 +67,8 @@ class Result:
         try:
             self.env = str(params["env"])
             self.protocol = str((params.get("evaluate") or {}).get("protocol", _PROTOCOL))
-            self.table = TABLES.get((params.get("report") or {}).get("published") or "")
+            named = (params.get("report") or {}).get("published") or []
+            self.tables = [TABLES[name] for name in ([named] if isinstance(named, str) else named) if name in TABLES]
             self.confidence = float((params.get("report") or {}).get("confidence", 0.95))
             #: what the test tasks are; two results with the same can be compared task by task
             self.tasks = [params["env"], params.get("env_config") or {}, (params.get("tasks") or {}).get("seed", 1337)]
@@ -146,21 +142,18 @@ class Result:
                 raise UserError(
                     f"{self._where('reports/metrics.json')}: no row {'/'.join(cell)}; run 'omrl repro'"
                 ) from None
-            quantity = self.table.quantity if self.table else "return"
-            ours = mean
-            if quantity != "return":
-                try:
-                    ours = self._diagnostics[cell[0]][cell[1]][cell[2]].get(quantity, math.nan)
-                except (KeyError, TypeError, AttributeError):
-                    ours = math.nan
-            lines.append(
-                Line(
-                    cell, mean, low, high, found.get("normalized"), n, quantity, ours,
-                    self.table.values.get(cell) if self.table else None,
-                    self.table.spread.get(cell) if self.table else None,
-                )
-            )  # fmt: skip
+            published = tuple(
+                (mean if quote.quantity == "return" else self._diagnostic(cell, quote.quantity), quote)
+                for quote in quotes(self.tables, cell)
+            )
+            lines.append(Line(cell, mean, low, high, found.get("normalized"), n, published))
         return lines
+
+    def _diagnostic(self, cell: Cell, name: str) -> float:
+        try:
+            return float(self._diagnostics[cell[0]][cell[1]][cell[2]].get(name, math.nan))
+        except (KeyError, TypeError, AttributeError, ValueError):
+            return math.nan
 
 
 def all_results(folders: list[Path]) -> list[Result]:
@@ -168,28 +161,31 @@ def all_results(folders: list[Path]) -> list[Result]:
     return [Result(folder) for folder in folders if (folder / "reports/results.csv").is_file()]
 
 
-def _published(line: Line) -> tuple[str, str, str]:
-    """Return our value, the published one and the difference, as text."""
-    digits = 2 if line.quantity == "return" else 3
-    ours = "" if line.quantity == "return" else f"{line.quantity} {line.ours:.{digits}f}"
-    if line.published is None:
-        return ours, "", ""
-    spread = "" if line.spread is None else f" ± {line.spread:.{digits}f}"
-    return ours, f"{line.published:.{digits}f}{spread}", f"{line.ours - line.published:+.{digits}f}"
+def _published(line: Line) -> tuple[str, str]:
+    """Return what was published, beside our value where it is no return, and ours minus it, as text."""
+    known, differences = [], []
+    for ours, quote in line.published:
+        other = quote.quantity != "return"
+        known.append(f"{quote.quantity} {ours:.3f} / {quote.text}" if other else quote.text)
+        differences.append(f"{ours - quote.value:+.{3 if other else 2}f}")
+    return "; ".join(known), "; ".join(differences)
+
+
+def _sources(tables: Iterable[Published]) -> str:
+    return "; ".join(dict.fromkeys(table.citation for table in tables))
 
 
 def as_text(results: list[Result]) -> str:
     """Return one block per pipeline for a terminal: what it is, then its rows."""
     blocks = []
     for result in results:
-        source = f"; published: {result.table.citation}" if result.table else ""
+        source = f"; published: {_sources(result.tables)}" if result.tables else ""
         rows = [["algorithm", "trained on", "context", "return", "interval", "n", "normal.", "published", "ours - p."]]
         for line in result.lines():
-            ours, published, difference = _published(line)
+            published, difference = _published(line)
             normalized = "" if line.normalized is None else f"{line.normalized:.2f}"
-            shown = f"{ours} / {published}" if ours and published else published
             rows.append([*line.cell, f"{line.mean:.2f}", f"[{line.low:.2f}, {line.high:.2f}]", str(line.n),
-                         normalized, shown, difference])  # fmt: skip
+                         normalized, published, difference])  # fmt: skip
         blocks.append("\n".join([f"{result.name}: {result.env}, {result.protocol}{source}", *aligned(rows)]))
     return "\n\n".join(blocks)
 
@@ -220,13 +216,12 @@ def as_markdown(results: list[Result]) -> str:
     lines = [f"| {' | '.join(titles)} |", "|---|---|---|---|---|---|---:|---|---:|---:|---:|---:|---|"]
     for result in results:
         for line in result.lines():
-            ours, published, difference = _published(line)
+            published, difference = _published(line)
             fields = [
                 result.name, result.env, *line.cell, result.protocol, f"{line.mean:.2f}",
                 f"[{line.low:.2f}, {line.high:.2f}]", str(line.n),
                 "" if line.normalized is None else f"{line.normalized:.2f}",
-                f"{ours} / {published}" if ours and published else published, difference,
-                result.table.citation if result.table and published else "",
+                published, difference, _sources(source for _, quote in line.published for source in quote.sources),
             ]  # fmt: skip
             lines.append(f"| {' | '.join(fields)} |")
     return "\n".join(lines) + "\n"

@@ -74,8 +74,8 @@ def results(rows: list[Row], references: dict[str, float], returns: str) -> byte
             axes.plot([row.summary.low, row.summary.high], [place, place], color=color, lw=4, alpha=0.35)
             axes.plot(list(row.seed_means.values()), [place] * len(row.seed_means), ".", color=color, ms=5)
             axes.plot(row.summary.mean, place, "|", color=color, ms=16, mew=2.5)
-            if row.published is not None:
-                axes.errorbar(row.published, place, xerr=row.spread, fmt="D", mfc="white", mec="#444444", ms=6,
+            for quote in row.quoted("return"):
+                axes.errorbar(quote.value, place, xerr=quote.spread, fmt="D", mfc="white", mec="#444444", ms=6,
                               ecolor="#444444", elinewidth=1)  # fmt: skip
         for place, (name, value) in enumerate(references.items()):
             axes.axvline(value, color="#666666", lw=1, ls=(0, (4, 2 + 2 * place)), zorder=0)

@@ -14,7 +14,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from omrl.report import tables
-from omrl.report.published import Published
 
 
 @dataclass(frozen=True)
@@ -127,16 +126,22 @@ def _shift(row: tables.Row) -> Field:
 
 
 def _published(row: tables.Row, quantity: str) -> list[Field]:
-    """Return the published value with its spread, and ours minus it (or our own value of the same quantity)."""
-    if row.published is None:
+    """Return what was published, with its source, and ours minus it (or our own value of the same quantity)."""
+    quoted = row.quoted(quantity)
+    if not quoted:
         return [Field(), Field()]
+    text = "; ".join(quote.text.replace(" ", "\u00a0") for quote in quoted)
+    known = Field(text, f"{quoted[0].value:.9g}", "; ".join(quote.labels for quote in quoted))
     if quantity != "return":
-        return [_number(row.published, digits=3), _number(row.diagnostics.get(quantity), digits=3)]
-    spread = "" if row.spread is None else f"\u00a0±\u00a0{row.spread:.2f}"
-    difference = row.summary.mean - row.published
+        return [known, _number(row.own(quantity), digits=3)]
+    differences = [row.summary.mean - quote.value for quote in quoted]
     return [
-        Field(f"{row.published:.2f}{spread}", f"{row.published:.9g}"),
-        Field(f"{difference:+.2f}", f"{difference:.9g}", mark="up" if difference >= 0 else "down"),
+        known,
+        Field(
+            "; ".join(f"{difference:+.2f}" for difference in differences),
+            f"{differences[0]:.9g}",
+            mark="up" if min(differences) >= 0 else "down",
+        ),
     ]
 
 
@@ -152,15 +157,20 @@ def results_tables(
     references: Mapping[str, float],
     behavior: Mapping[str, float],
     confidence: str,
-    published: Published | None,
+    compared: Sequence[str],
     facts: Mapping[str, Any],
 ) -> tuple[Table, Table]:
-    """Return the table of results and the one with more about each row, without empty columns."""
-    quantity = published.quantity if published else "return"
-    of_papers = [Column("published", "mean, and standard deviation where the paper gives one"),
-                 Column("ours − published", "difference of the means")]  # fmt: skip
-    if quantity != "return":
-        of_papers = [Column(f"{quantity.upper()}, published"), Column(f"{quantity.upper()}, ours")]
+    """Return the table of results and the one with more about each row, without empty columns.
+
+    ``compared`` names what papers published of the rows: ``return``, or diagnostics.
+    """
+    of_papers = []
+    for quantity in compared:
+        if quantity == "return":
+            of_papers += [Column("published", "mean, and standard deviation where the paper gives one; its source"),
+                          Column("ours − published", "difference of the means")]  # fmt: skip
+        else:
+            of_papers += [Column(f"{quantity.upper()}, published"), Column(f"{quantity.upper()}, ours")]
     columns = [
         *_CELL,
         Column(
@@ -187,7 +197,7 @@ def results_tables(
             _number(row.normalized),
             _behind(row),
             _wins(row),
-            *_published(row, quantity),
+            *(field for quantity in compared for field in _published(row, quantity)),
         ]
         for row in rows
     ]

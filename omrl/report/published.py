@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -23,11 +25,54 @@ class Published:
     note: str
     quantity: str = "return"
 
+    @property
+    def label(self) -> str:
+        """The citation without authors and year, to stand in a field."""
+        return re.sub(r" \(.*?\)", "", self.citation)
 
-def _table_1(dataset: str, values: list[float], spread: list[float], note: str) -> Published:
+
+@dataclass(frozen=True)
+class Quote:
+    """What was published of one cell.
+
+    Attributes:
+        quantity: see ``Published``.
+        value: of it.
+        spread: its standard deviation; None where the paper gives none.
+        sources: the tables that have it; several where one copies another.
+    """
+
+    quantity: str
+    value: float
+    spread: float | None
+    sources: tuple[Published, ...]
+
+    @property
+    def text(self) -> str:
+        """The value with its spread."""
+        digits = 2 if self.quantity == "return" else 3
+        return f"{self.value:.{digits}f}" + ("" if self.spread is None else f" ± {self.spread:.{digits}f}")
+
+    @property
+    def labels(self) -> str:
+        """The sources, short."""
+        return ", ".join(source.label for source in self.sources)
+
+
+def quotes(tables: Sequence[Published], cell: tuple[str, str, str]) -> tuple[Quote, ...]:
+    """Return what ``tables`` say of a cell, in their order; the same number of two tables once."""
+    found: dict[tuple[str, float, float | None], tuple[Published, ...]] = {}
+    for table in tables:
+        if cell in table.values:
+            key = table.quantity, table.values[cell], table.spread.get(cell)
+            found[key] = (*found.get(key, ()), table)
+    return tuple(Quote(*key, sources) for key, sources in found.items())
+
+
+def _table_1(env: str, dataset: str, values: list[float], spread: list[float], note: str) -> Published:
     names = ["focal", "contrastive", "batch-wise", "sequence-wise", "focalpp"]
     return Published(
-        "FOCAL++ (Li et al., 2022), Table 1",
+        f"FOCAL++ (Li et al., 2022), Table 1, {env}",
         {(name, dataset, dataset): value for name, value in zip(names, values, strict=True)},
         {(name, dataset, dataset): value for name, value in zip(names, spread, strict=True)},
         note,
@@ -49,31 +94,20 @@ TABLES = {
         {},
         "FOCAL++ (2022), Table 1, gives 11.84 for FOCAL on the same environment.",
     ),
-    "focalpp-table-1-point-robot-wind": Published(
-        "FOCAL++ (Li et al., 2022), Table 1, Point-Robot-Wind",
-        {("focal", "expert", "expert"): -5.61},
-        {("focal", "expert", "expert"): 0.59},
-        "The published split into training and test winds is random and unseeded; 10 random winds alone vary by "
-        "0.48, and a controller that ignores the wind has -5.46 on average over all 50.",
-    ),
-    "focalpp-table-1-sparse-point-robot": Published(
-        "FOCAL++ (Li et al., 2022), Table 1, Sparse-Point-Robot",
-        {("focal", "expert", "expert"): 11.84},
-        {("focal", "expert", "expert"): 1.05},
-        "FOCAL (ICLR 2021), Table 6, gives 8.16 for the same setting.",
-    ),
     "focalpp-table-1-point": _table_1(
+        "Sparse-Point-Robot",
         "step-mixed",
         [11.84, 12.53, 12.54, 12.64, 12.96],
         [1.05, 0.31, 0.23, 0.14, 0.09],
-        "Sparse-Point-Robot; the quality of data behind it is not stated. Baselines are in Fig. 4 only.",
+        "The quality of data behind it is not stated; baselines are in Fig. 4 only.",
     ),
     "focalpp-table-1-wind": _table_1(
+        "Point-Robot-Wind",
         "mixed",
         [-5.61, -5.78, -5.57, -5.09, -5.39],
         [0.59, 0.44, 0.34, 0.01, 0.57],
-        "Point-Robot-Wind; the published split into training and test winds is random and unseeded: ten random winds "
-        "alone vary by 0.48, and a controller that ignores the wind has -5.46 on average over all 50.",
+        "The published split into training and test winds is random and unseeded: ten random winds alone vary by "
+        "0.48, and a controller that ignores the wind has -5.46 on average over all 50.",
     ),
     "focalpp-table-3-point": Published(
         "FOCAL++ (Li et al., 2022), Table 3",
@@ -97,7 +131,7 @@ TABLES = {
     "focal-table-1": Published(
         "FOCAL (Li et al., ICLR 2021), Table 1, Half-Cheetah-Vel, one seed",
         {
-            ("inverse-square", "step-mixed", "step-mixed"): 0.861,
+            ("focal", "step-mixed", "step-mixed"): 0.861,
             ("inverse", "step-mixed", "step-mixed"): 0.840,
             ("linear", "step-mixed", "step-mixed"): 0.819,
             ("square", "step-mixed", "step-mixed"): 0.506,

@@ -18,7 +18,7 @@ from omrl.envs.base import Family
 from omrl.evaluation.evaluate import CONTEXTS, CURVE, DIAGNOSTICS, EMBEDDINGS, EPISODES, LEARNING, TRAJECTORIES
 from omrl.evaluation.statistics import Difference, Estimate, Summary, compare, improvement, summarize
 from omrl.report import ReportConfig
-from omrl.report.published import TABLES
+from omrl.report.published import Quote, quotes
 
 Cell = tuple[str, str, str]  # algorithm, training dataset, test dataset
 
@@ -128,14 +128,21 @@ class Row:
     train_tasks: float
     seed_means: dict[int, float]
     diagnostics: dict[str, float]
-    published: float | None
+    published: tuple[Quote, ...] = ()
     restated: float | None = None  # the return under the other form of the sparse reward
     behind: Difference | None = None  # to the best algorithm of the same datasets; None: the best, or alone
     rivals: int = 0  # further algorithms with the same datasets
     wins: Estimate | None = None  # chance that a run beats one of the best algorithm on the same task
-    spread: float | None = None  # published standard deviation
     wrong: float | None = None  # the return with another task's context
     told: float | None = None  # the return with an offline context in place of the agent's own
+
+    def quoted(self, quantity: str) -> list[Quote]:
+        """Return what was published of ``quantity``."""
+        return [quote for quote in self.published if quote.quantity == quantity]
+
+    def own(self, quantity: str) -> float | None:
+        """Return our value of what a paper published; None where it was not measured."""
+        return self.summary.mean if quantity == "return" else self.diagnostics.get(quantity)
 
 
 def _scores(evaluations: list[Evaluation], split: str, column: str) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -163,8 +170,6 @@ def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]
     cells: dict[Cell, list[Evaluation]] = {}
     for evaluation in evaluations:
         cells.setdefault(evaluation.cell, []).append(evaluation)
-    published = TABLES[config.published].values if config.published else {}
-    spread = TABLES[config.published].spread if config.published else {}
     score_of = {cell: _scores(members, "test", "return") for cell, members in cells.items()}
     rows = []
     for cell, members in cells.items():
@@ -196,12 +201,11 @@ def table_rows(evaluations: list[Evaluation], config: ReportConfig) -> list[Row]
                 float(_scores(members, "train", "return").mean()),
                 {m.seed: float(s.mean()) for m, s in zip(members, scores, strict=True)},
                 diagnostics,
-                published.get(cell),
+                quotes(config.tables, cell),
                 None if math.isnan(restated) else restated,
                 behind,
                 len(rivals) - 1,
                 wins,
-                spread.get(cell),
                 None if math.isnan(wrong) else wrong,
                 None if math.isnan(told) else told,
             )
@@ -367,9 +371,9 @@ def markdown(
     further = _further_columns(rows, facts)
     titles = ["algorithm", "trained on", "test context", "return", "interval", "IQM", "normalized", "drop"]
     titles += [title for title, _, _ in further]
-    compared = TABLES[config.published].quantity if config.published else ""
-    if config.published:
-        titles += ["published", "ours - published"] if compared == "return" else [f"{compared}, published", compared]
+    compared = quantities(config)
+    for quantity in compared:
+        titles += ["published", "ours - published"] if quantity == "return" else [f"{quantity}, published", quantity]
     lines = [
         f"# {facts['env']}",
         "",
@@ -389,22 +393,21 @@ def markdown(
             "" if shift is None else f"{shift:.2f}",
         ]  # fmt: skip
         fields += [text(row) for _, _, text in further]
-        if config.published:
-            known, ours = row.published, row.summary.mean
-            if compared != "return":
-                ours = row.diagnostics.get(compared, math.nan)
-                fields += ["" if known is None else f"{known:.3f}", f"{ours:.3f}"]
+        for quantity in compared:
+            quoted, ours = row.quoted(quantity), row.own(quantity)
+            several = sum(table.quantity == quantity for table in config.tables) > 1
+            known = "; ".join(f"{quote.text} ({quote.labels})" if several else quote.text for quote in quoted)
+            if quantity == "return":
+                fields += [known, "; ".join(f"{row.summary.mean - quote.value:+.2f}" for quote in quoted)]
             else:
-                around = "" if row.spread is None else f" ± {row.spread:.2f}"
-                fields += ["", ""] if known is None else [f"{known:.2f}{around}", f"{ours - known:+.2f}"]
+                fields += [known, "" if ours is None else f"{ours:.3f}"]
         lines.append(f"| {' | '.join(fields)} |")
     tail = " |" * (len(titles) - 4)
     for name, value in references.items():
         lines.append(f"| *{name}* | | | {value:.2f} |{tail}")
     for name, value in behavior.items():
         lines.append(f"| *behavior policies* | {name} | | {value:.2f} |{tail}")
-    if config.published:
-        table = TABLES[config.published]
+    for table in config.tables:
         lines += ["", f"Published: {table.citation}. {table.note}"]
     return "\n".join(lines) + "\n"
 
@@ -415,6 +418,11 @@ def shift_text(row: Row) -> str:
     if "context_shift" not in found:
         return ""
     return f"{found['context_shift']:.2f} ({found['context_shift_chance']:.2f})"
+
+
+def quantities(config: ReportConfig) -> list[str]:
+    """Return what the published tables give, each once: ``return`` and names of diagnostics."""
+    return list(dict.fromkeys(table.quantity for table in config.tables))
 
 
 def behind_text(row: Row) -> str:
