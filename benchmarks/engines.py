@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _bench import ROOT
 from scipy import stats
 
 from omrl.behavior import batched, sb3
@@ -28,7 +29,6 @@ from omrl.behavior.base import PROGRESS, BehaviorConfig, Run
 from omrl.envs.base import load_family
 
 ENGINES = {"sb3": sb3.train, "batched": batched.train}
-ROOT = Path(__file__).resolve().parents[1]
 SBX = ROOT / ".venv-sbx/bin/python"
 CHEETAH = {"gamma": 0.99, "learning_starts": 100}
 SPEED: dict[str, tuple[str, int, dict[str, Any]]] = {  # family, tasks of the batched engine, settings
