@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,6 +134,13 @@ FORMS = ARMS | {  # further ones with states of their own, which need not prove 
 }
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def make(arm: Arm, seed: int = 0, **values: Any) -> Algorithm:
     return create(arm.module, arm.values | values, SPEC, seed, "cpu")
 
@@ -152,6 +159,18 @@ def believes(algorithm: Algorithm, data: TaskData, seed: int = 0, transitions: i
 
 def test_every_method_has_a_line():
     assert {arm.module for arm in ARMS.values()} == set(ALGORITHMS), "add the new method to ARMS"
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_initial_weights_are_the_same_with_any_number_of_threads(name, threads):
+    arm, made = ARMS[name], []
+    needed = {key: arm.values[key] for key in {"tasks"} & arm.values.keys()}  # else the defaults: real sizes
+    for count in (1, 2):  # of the environment: meta-training sets its own afterwards
+        torch.set_num_threads(count)
+        made.append(create(arm.module, needed, SPEC, 0, "cpu").model_state())
+        assert torch.get_num_threads() == count
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
 
 
 @pytest.mark.parametrize("name", ARMS)

@@ -407,9 +407,13 @@ def create(
         UserError: unknown algorithm or configuration.
     """
     module = algorithm_module(name)
-    algorithm: Algorithm = module.ALGORITHM(
-        parse(module.CONFIG, overrides, where or f"configuration of '{name}':"), spec, seed, device
-    )
+    config = parse(module.CONFIG, overrides, where or f"configuration of '{name}':")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # orthogonal weights have other bits with two, which the environment may allow here
+    try:
+        algorithm: Algorithm = module.ALGORITHM(config, spec, seed, device)
+    finally:
+        torch.set_num_threads(threads)
     return algorithm
 
 

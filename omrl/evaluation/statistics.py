@@ -43,43 +43,42 @@ class Summary:
         return self.seeds * self.tasks
 
 
-def _mean_of_drawn(scores: NDArray[np.float64], tasks: NDArray[np.int64], rng: np.random.Generator) -> np.float64:
-    """Return the mean of ``scores`` [seeds, tasks] over drawn tasks and, drawn here, whole seeds."""
-    return scores[rng.integers(len(scores), size=len(scores))][:, tasks].mean()
+def _mean_of_drawn(
+    scores: NDArray[np.float64], tasks: NDArray[np.int64], rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """Return the mean of ``scores`` [..., seeds, tasks] over drawn tasks and, drawn here, whole seeds: [...]."""
+    seeds = scores.shape[-2]
+    drawn = scores.take(rng.integers(seeds, size=seeds), axis=-2).take(tasks, axis=-1)
+    return np.asarray(drawn.mean(axis=(-2, -1)))
 
 
 def bootstrap_means(scores: NDArray[np.float64], samples: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Return bootstrap replicates of the mean of ``scores`` [seeds, tasks].
+    """Return bootstrap replicates [samples, ...] of the mean of ``scores`` [..., seeds, tasks].
 
     Tasks and seeds are both samples of what one wants to speak about, so both are resampled, whole: a replicate
     draws tasks and seeds with replacement and takes every drawn seed's score on every drawn task. One seed is one
     model, good or bad on all tasks together; drawing seeds for each task anew, as the stratified bootstrap of
     Agarwal et al. does for suites with a training per task, would call its luck 20 independent draws. With few
     seeds the interval is still too narrow: the variance between s seeds is taken as (s - 1) / s of its estimate.
+
+    Leading axes, such as the points of a curve, share every draw.
     """
     scores = np.asarray(scores, dtype=np.float64)
-    tasks = scores.shape[1]
-    means = np.empty(samples)
-    for i in range(samples):
-        drawn = rng.integers(tasks, size=(tasks,))
-        means[i] = _mean_of_drawn(scores, drawn, rng)
-    return means
+    tasks = scores.shape[-1]
+    return np.array([_mean_of_drawn(scores, rng.integers(tasks, size=(tasks,)), rng) for _ in range(samples)])
+
+
+def _interval(replicates: NDArray[np.float64], confidence: float) -> NDArray[np.float64]:
+    """Return both ends of the percentile interval of ``replicates`` [samples, ...]: [2, ...]."""
+    tail = (1 - confidence) / 2
+    return np.quantile(replicates, [tail, 1 - tail], axis=0)
 
 
 def intervals(
     curve: NDArray[np.float64], samples: int, confidence: float, rng: np.random.Generator
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the ends of the interval of the mean at every point of ``curve`` [points, seeds, tasks].
-
-    Tasks and whole seeds are drawn as in ``bootstrap_means``, in each replicate once for all points.
-    """
-    _, seeds, tasks = curve.shape
-    means = np.empty((samples, len(curve)))
-    for i in range(samples):
-        drawn = rng.integers(tasks, size=(tasks,))
-        means[i] = curve[:, rng.integers(seeds, size=seeds)][:, :, drawn].mean(axis=(1, 2))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
+    """Return the ends of the interval of the mean of ``curve`` [..., seeds, tasks] at every point of it, [...] each."""
+    low, high = _interval(bootstrap_means(curve, samples, rng), confidence)
     return low, high
 
 
@@ -100,9 +99,7 @@ def summarize(
     array = np.asarray(scores, dtype=np.float64)
     if array.ndim != 2 or not array.size:
         raise ValueError(f"scores of shape {array.shape}: expected [seeds, tasks]")
-    means = bootstrap_means(array, samples, rng)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = intervals(array, samples, confidence, rng)
     return Summary(
         float(array.mean()),
         float(iqm(array.reshape(-1))),
@@ -155,8 +152,7 @@ def compare(
     for i in range(samples):
         drawn = rng.integers(tasks, size=(tasks,))
         found[i] = _mean_of_drawn(first, drawn, rng) - _mean_of_drawn(second, drawn, rng)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(found, [tail, 1 - tail])
+    low, high = _interval(found, confidence)
     return Difference(float(first.mean() - second.mean()), float(low), float(high))
 
 
@@ -206,6 +202,5 @@ def improvement(
     for i in range(samples):
         drawn = [rng.integers(size, size=(size,)) for size in ahead.shape]
         found[i] = ahead[np.ix_(*drawn)].mean()
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(found, [tail, 1 - tail])
+    low, high = _interval(found, confidence)
     return Estimate(float(ahead.mean()), float(low), float(high))

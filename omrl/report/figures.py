@@ -253,37 +253,62 @@ def learning_frame(evaluations: list[Evaluation]) -> pd.DataFrame:
     return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
 
 
-def learning_curves(evaluations: list[Evaluation], references: dict[str, float], returns: str) -> bytes | None:
-    """Draw return on unseen tasks against gradient steps, a panel per pair of datasets: mean and range of the seeds."""
-    frame = learning_frame(evaluations)
+def _curves(
+    frame: pd.DataFrame,
+    meaning: str,
+    references: dict[str, float],
+    returns: str,
+    draw: Callable[[Axes, pd.DataFrame, str, str], None],
+) -> bytes | None:
+    """Draw return on unseen tasks, a panel per pair of datasets; None if there are no rows.
+
+    Args:
+        frame: algorithm, train, test, and what ``draw`` needs.
+        meaning: label of the axis.
+        references: of the environment; oracle and random become lines.
+        returns: kind of the return.
+        draw: puts one algorithm's rows on a panel, in a color and line style.
+    """
     if frame.empty:
         return None
     pairs = _matched_first(dict.fromkeys(zip(frame["train"], frame["test"], strict=True)))
     names = list(dict.fromkeys(frame["algorithm"]))
-    lines = {name: value for name, value in references.items() if name in ("oracle", "random")}
+    columns = min(3, len(pairs))
 
     def paint(figure: Figure) -> None:
-        columns = min(3, len(pairs))
         panels = figure.subplots(-(-len(pairs) // columns), columns, squeeze=False, sharey=True).reshape(-1)
         for axes, (train, test) in zip(panels, pairs, strict=False):
-            for place, name in enumerate(names):
-                own = frame[(frame["algorithm"] == name) & (frame["train"] == train) & (frame["test"] == test)]
-                if own.empty:
-                    continue
-                by_step = own.groupby("step")["return"]
-                color, style = _line(place)
-                axes.plot(by_step.mean().index, by_step.mean(), style, color=color, lw=1.8)
-                axes.fill_between(by_step.min().index, by_step.min(), by_step.max(), color=color, alpha=0.15, lw=0)
-            for value in lines.values():
-                axes.axhline(value, color="0.5", lw=0.9, ls=":")
+            here = frame[(frame["train"] == train) & (frame["test"] == test)]
+            for name, own in here.groupby("algorithm", sort=False):
+                color, style = _line(names.index(str(name)))
+                draw(axes, own, color, style)
+            for name in [n for n in ("oracle", "random") if n in references]:
+                value = references[name]
+                axes.axhline(value, color="0.45", lw=0.9, ls="--" if name == "oracle" else ":")
+                axes.annotate(
+                    name, (1, value), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+                    ha="right", fontsize=8, color="0.3",
+                )  # fmt: skip
             axes.set_title(f"trained on {train}, context {test}", fontsize=9)
-            axes.set_xlabel("gradient steps")
+            axes.set_xlabel(meaning)
         for axes in panels[len(pairs) :]:
             axes.set_visible(False)
         panels[0].set_ylabel(f"{returns} return, unseen tasks")
         _legend(figure, names)
 
-    return _draw(2.6 * -(-len(pairs) // min(3, len(pairs))) + _legend_height(names), paint)
+    height = 3.4 if len(pairs) == 1 else 2.6 * -(-len(pairs) // columns)
+    return _draw(height + _legend_height(names), paint)
+
+
+def learning_curves(evaluations: list[Evaluation], references: dict[str, float], returns: str) -> bytes | None:
+    """Draw return on unseen tasks against gradient steps, a panel per pair of datasets: mean and range of the seeds."""
+
+    def draw(axes: Axes, own: pd.DataFrame, color: str, style: str) -> None:
+        by_step = own.groupby("step")["return"]
+        axes.plot(by_step.mean().index, by_step.mean(), style, color=color, lw=1.8)
+        axes.fill_between(by_step.min().index, by_step.min(), by_step.max(), color=color, alpha=0.15, lw=0)
+
+    return _curves(learning_frame(evaluations), "gradient steps", references, returns, draw)
 
 
 def _in_the_environment(e: Evaluation, base: Evaluation | None) -> pd.DataFrame | None:
@@ -349,38 +374,13 @@ def online_frame(evaluations: list[Evaluation], samples: int, confidence: float)
 
 def online_curves(frame: pd.DataFrame, references: dict[str, float], returns: str) -> bytes | None:
     """Draw an ``online_frame``, a panel per pair of datasets; None if it has no rows."""
-    if frame.empty:
-        return None
-    pairs = _matched_first(zip(frame["train"], frame["test"], strict=True))
-    names = list(dict.fromkeys(frame["algorithm"]))
-    columns = min(3, len(pairs))
 
-    def paint(figure: Figure) -> None:
-        panels = figure.subplots(-(-len(pairs) // columns), columns, squeeze=False, sharey=True).reshape(-1)
-        for axes, (train, test) in zip(panels, pairs, strict=False):
-            here = frame[(frame["train"] == train) & (frame["test"] == test)]
-            for name in [n for n in names if n in set(here["algorithm"])]:
-                own = here[here["algorithm"] == name]
-                color, style = _line(names.index(name))
-                axes.plot(own["env_steps"], own["return"], style, color=color, lw=1.8,
-                          marker="o" if len(own) <= 30 else "", ms=3.5)  # fmt: skip
-                axes.fill_between(own["env_steps"], own["low"], own["high"], color=color, alpha=0.13, lw=0)
-            for name, value in references.items():
-                if name in ("oracle", "random"):
-                    axes.axhline(value, color="0.45", lw=0.9, ls="--" if name == "oracle" else ":")
-                    axes.annotate(
-                        name, (1, value), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                        ha="right", fontsize=8, color="0.3",
-                    )  # fmt: skip
-            axes.set_title(f"trained on {train}, context {test}", fontsize=9)
-            axes.set_xlabel("environment steps of every task")
-        for axes in panels[len(pairs) :]:
-            axes.set_visible(False)
-        panels[0].set_ylabel(f"{returns} return, unseen tasks")
-        _legend(figure, names)
+    def draw(axes: Axes, own: pd.DataFrame, color: str, style: str) -> None:
+        marker = "o" if len(own) <= 30 else ""
+        axes.plot(own["env_steps"], own["return"], style, color=color, lw=1.8, marker=marker, ms=3.5)
+        axes.fill_between(own["env_steps"], own["low"], own["high"], color=color, alpha=0.13, lw=0)
 
-    height = 3.4 if len(pairs) == 1 else 2.6 * -(-len(pairs) // columns)
-    return _draw(height + _legend_height(names), paint)
+    return _curves(frame, "environment steps of every task", references, returns, draw)
 
 
 def behavior_curves(progress: dict[int, pd.DataFrame], references: dict[str, float], returns: str) -> bytes:
