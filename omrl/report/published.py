@@ -79,6 +79,15 @@ def _table_1(env: str, dataset: str, values: list[float], spread: list[float], n
     )
 
 
+def _unicorn(env: str, values: dict[str, tuple[float, float]]) -> Published:
+    return Published(
+        f"UNICORN (Li et al., 2024), Table 2, {env}, contexts of the tasks' own policies",
+        {(name, "mixed", "mixed"): value for name, (value, _) in values.items()},
+        {(name, "mixed", "mixed"): spread for name, (_, spread) in values.items()},
+        "Six seeds, 20 test tasks, 200,000 updates, data of its own: where the field is, not what these data allow.",
+    )
+
+
 TABLES = {
     "focal-table-6": Published(
         "FOCAL (Li et al., ICLR 2021), Table 6",
@@ -139,5 +148,19 @@ TABLES = {
         {},
         "ESR: the share of training-task pairs farther apart than two random points of the cube.",
         "esr",
+    ),
+    "unicorn-table-2-cheetah-dir": _unicorn(
+        "Half-Cheetah-Dir",
+        {
+            "unicorn": (1307, 26),
+            "csro": (1180, 228),
+            "focal": (1186, 272),
+            "macaw": (1155, 10),
+            "prompt-dt": (1176, 40),
+        },
+    ),
+    "unicorn-table-2-cheetah-vel": _unicorn(
+        "Half-Cheetah-Vel",
+        {"unicorn": (-22, 1), "csro": (-28, 1), "focal": (-22, 1), "macaw": (-56, 2), "prompt-dt": (-118, 66)},
     ),
 }
