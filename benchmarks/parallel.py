@@ -1,12 +1,16 @@
 """A real pipeline from a fresh clone: serial ``dvc repro`` against ``omrl repro``, by the clock and in processor time.
 
-``python benchmarks/parallel.py [PIPELINE [JOBS]]``; the smoke pipeline and two cores unless told. Both start with an
-empty cache and must end with the same dvc.lock; behavior training and rollouts use all cores in both. Run it on an idle
+``python benchmarks/parallel.py [PIPELINE [JOBS]] [--steps N] [--after-data]``; the smoke pipeline and two cores unless
+told. Both start with an empty cache and must end with the same dvc.lock. Behavior training and rollouts use all cores in
+both: ``--after-data`` makes the datasets before the clock starts, so that what is compared is models, evaluations and
+the report. ``--steps`` trains every model for so many updates, to compare a large pipeline in minutes. Run it on an idle
 machine.
 """
 
 from __future__ import annotations
 
+import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,29 +19,44 @@ from pathlib import Path
 from _bench import ROOT, cost
 
 
-def clone(target: Path, name: str) -> Path:
+def clone(target: Path, name: str, steps: int | None) -> Path:
     """Clone the last commit to ``target``; return the folder of a pipeline there (``default``: the root)."""
     subprocess.run(["git", "clone", "-q", str(ROOT), str(target)], check=True)
     folder = target if name == "default" else target / "pipelines" / name
     if not (folder / "dvc.yaml").is_file():
         sys.exit(f"{name}: no such pipeline")
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    if steps is not None:
+        params = folder / "params.yaml"
+        text, found = re.subn(r"(?m)^(meta_train:(?:\n[ #].*)*?\n  steps:) *\d+", rf"\1 {steps}", params.read_text())
+        if found != 1:
+            sys.exit(f"{params}: no line 'steps:' under 'meta_train:'")
+        params.write_text(text)
     return folder
 
 
 def main() -> None:
-    name, jobs = [*sys.argv[1:], *["smoke", "2"][len(sys.argv) - 1 :]][:2]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("pipeline", nargs="?", default="smoke")
+    parser.add_argument("jobs", nargs="?", default="2")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--after-data", action="store_true")
+    asked = parser.parse_args()
+    name = asked.pipeline
     walls, locks = [], []
     with tempfile.TemporaryDirectory() as scratch:
-        for program in (("dvc", "repro"), ("omrl.cli", "repro", "--jobs", jobs)):
+        for program in (("dvc", "repro"), ("omrl.cli", "repro", "--jobs", asked.jobs)):
             source = Path(scratch) / program[0]
-            folder = clone(source, name)
+            folder = clone(source, name, asked.steps)
+            if asked.after_data:
+                cost(sys.executable, "-m", "dvc", "repro", "dataset", cwd=folder, source=source)
             wall, cpu = cost(sys.executable, "-m", *program, cwd=folder, source=source)
             title = f"{name}: {' '.join(program)}".replace("omrl.cli", "omrl")
-            print(f"{title:<46}{wall:>9.1f} s by the clock, {cpu:.1f} s of processor time", flush=True)
+            print(f"{title:<56}{wall:>9.1f} s by the clock, {cpu:.1f} s of processor time", flush=True)
             walls.append(wall)
             locks.append((folder / "dvc.lock").read_bytes())
-    print(f"{'ratio by the clock':<46}{walls[0] / walls[1]:>9.2f} x")
-    print(f"{'dvc.lock of both':<46}{'the same bytes' if locks[0] == locks[1] else 'DIFFERENT':>9}")
+    print(f"{'ratio by the clock':<56}{walls[0] / walls[1]:>9.2f} x")
+    print(f"{'dvc.lock of both':<56}{'the same bytes' if locks[0] == locks[1] else 'DIFFERENT':>9}")
     if locks[0] != locks[1]:
         sys.exit(1)
 
