@@ -1,10 +1,10 @@
 """A real pipeline from a fresh clone: serial ``dvc repro`` against ``omrl repro``, by the clock and in processor time.
 
 ``python benchmarks/parallel.py [PIPELINE [JOBS]] [--steps N] [--after-data]``; the smoke pipeline and two cores unless
-told. Both start with an empty cache and must end with the same dvc.lock. Behavior training and rollouts use all cores in
-both: ``--after-data`` makes the datasets before the clock starts, so that what is compared is models, evaluations and
-the report. ``--steps`` trains every model for so many updates, to compare a large pipeline in minutes. Run it on an idle
-machine.
+told. Both start with an empty cache and must end with the same dvc.lock. Behavior training and rollouts use all cores
+in both: ``--after-data`` makes the datasets before the clock starts, so that what is compared is models, evaluations
+and the report. ``--steps`` trains every model for so many updates, to compare a large pipeline in minutes. Run it on an
+idle machine.
 """
 
 from __future__ import annotations
