@@ -223,6 +223,15 @@ def test_columns_of_a_hand_made_episode():
     np.testing.assert_array_equal(found["last_observation"][0], data.next_observation[0, [2, 2, 2, 4, 4]])
 
 
+@pytest.mark.parametrize("name", ["macaw", "mt-ft"])
+def test_scaled_rewards_are_other_units_of_the_return(name):
+    data = ordered()
+    plain, scaled = (make(name, gamma=0.5, reward_scale=scale).columns(data) for scale in (1.0, 0.25))
+    np.testing.assert_allclose(scaled["return_to_go"], plain["return_to_go"] / 4, rtol=1e-6)
+    for same in ("discount_to_end", "last_observation"):
+        np.testing.assert_array_equal(scaled[same], plain[same])
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.floats(0, 1))
 def test_returns_satisfy_their_recursion(lengths, gamma):

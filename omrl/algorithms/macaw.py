@@ -42,8 +42,8 @@ with several steps: the inner rows are cut into equal parts, one a step, and V* 
 Known failures:
 
 * It needs whole episodes in order: a relabelled set of single rows gives returns of one step.
-* Rewards are raw. With returns in the thousands the value loss is 1e6, and a step of 1e-3 overshoots until the step
-  sizes have shrunk.
+* Rewards are raw, unless ``reward_scale`` says otherwise. With returns in the thousands the value loss is 1e6, and a
+  step of 1e-3 overshoots until the step sizes have shrunk.
 * It is slow to learn: 1e5 to 1e6 updates as published.
 """
 
@@ -98,6 +98,7 @@ class AdvantageConfig(RegressionConfig):
 
     Attributes:
         gamma: discount of returns.
+        reward_scale: rewards are multiplied by it; 1 as released. Advantage weights do not depend on it.
         bootstrap: add the value of an episode's last state to returns, see the module's docstring.
         temperature, largest_weight: of the advantage weights.
         value_rate, policy_rate: Adam.
@@ -106,6 +107,7 @@ class AdvantageConfig(RegressionConfig):
     """
 
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.99
+    reward_scale: Annotated[float, Field(gt=0)] = 1.0
     bootstrap: bool = True
     temperature: Annotated[float, Field(gt=0)] = 1.0
     largest_weight: Annotated[float, Field(gt=1)] = 20.0
@@ -233,8 +235,9 @@ class Regression(Algorithm):
     # --- losses --------------------------------------------------------------------------------------------------
 
     def columns(self, data: TaskData) -> Mapping[str, NDArray[np.float32]]:
-        """Return G, D and s_T of every row."""
-        return episode_columns(data, self.settings.gamma)
+        """Return G, in units of ``reward_scale``, D and s_T of every row."""
+        found = episode_columns(data, self.settings.gamma)
+        return found | {RETURN: np.float32(self.settings.reward_scale) * found[RETURN]}
 
     def rows(self, drawn: Experience) -> Rows:
         """Return what the losses read."""
