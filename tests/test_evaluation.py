@@ -91,11 +91,10 @@ def evaluate(algorithm: Any, name: str = "offline-context", quick: bool = False,
     """Return the rows and the last episode of a protocol with ``values`` of its keys."""
     places = values.pop("places", range(5))
     features = values.pop("features", None)
+    family = values.pop("family", FAMILY)
     config = protocol(name).CONFIG(**values)
     tasks = [TASKS[i] for i in places]
-    run = Run(
-        algorithm, values.pop("family", FAMILY), buffers().of(places), tasks, config, ("test",), 0, features, quick
-    )
+    run = Run(algorithm, family, buffers().of(places), tasks, config, ("test",), 0, features, quick)
     return run.rows, protocol(name).run(run)
 
 
@@ -148,13 +147,22 @@ def test_another_tasks_context_leads_to_its_goal():
     assert all(math.isnan(r["wrong_context_return"]) for r in read_goals(episodes=1, wrong_context=False)[0])
 
 
-def test_a_quick_run_is_the_counted_episode_alone():
-    whole, _, _ = read_goals(episodes=3, repetitions=2)
-    quick, _ = evaluate(GoalReader(), quick=True, episodes=3, repetitions=2)
-    wanted = [row for row in whole if row["counted"] and row["repetition"] == 0]
-    for one, two in zip(quick, wanted, strict=True):
-        assert one["return"] == two["return"]
-        assert one["context_transitions"] == 60
+@pytest.mark.parametrize("env_config", [{}, {"start": "half-plane"}])
+@pytest.mark.parametrize("name", ["offline-context", "online-prior"])
+def test_a_quick_run_is_what_counts_in_the_table(name, env_config):
+    values = {"episodes": 3, "repetitions": 2, "family": load_family("sparse-point-robot", env_config)}
+    if name == "online-prior":
+        values |= {"exploration_episodes": 2, "prior_context": 5}
+    whole, _ = evaluate(Searcher(), name, **values)
+    quick, _ = evaluate(Searcher(), name, quick=True, **values)
+    columns = ("task", "repetition", "return", "dense_return", "context_transitions")
+    found, wanted = (
+        [[row[name] for name in columns] for row in rows if row["counted"]] for rows in (quick, whole)
+    )  # random starts too
+    assert found == wanted
+    assert len(found) == 10
+    if name == "offline-context":
+        assert all(row["counted"] for row in quick)
 
 
 def test_steps_after_a_termination_do_not_count():

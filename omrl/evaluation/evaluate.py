@@ -185,7 +185,7 @@ def _learned_on(model: Path, family: Family) -> dict[str, Any] | None:
 
 
 def _learning_curve(run: Run, snapshots: Sequence[Path], name: str, progress: Progress) -> list[dict[str, Any]]:
-    """Return the counted episodes of every snapshot under the protocol, run once, with the gradient step beside."""
+    """Return the counted episodes of every snapshot under the protocol, with the gradient step beside."""
     rows: list[dict[str, Any]] = []
     for path in snapshots:
         load_tensors(run.algorithm, path)

@@ -62,7 +62,8 @@ class Run:
         stream: names of the random streams; task and repetition are added.
         seed: their root.
         features: [tasks, rows, width], what the reward function reads beside ``data``.
-        quick: for a learning curve: one repetition, and of an offline protocol the last episode alone.
+        quick: for a learning curve: of an offline protocol the last episode alone, of ``fine-tune`` what was before
+            learning on. It is the same number as that of the table.
         rows: the table of episodes, filled by ``add``.
     """
 
@@ -80,7 +81,7 @@ class Run:
     @property
     def repetitions(self) -> int:
         """How often the whole protocol is run."""
-        return 1 if self.quick else int(self.config.repetitions)
+        return int(self.config.repetitions)
 
     def streams(self, repetition: int, *purpose: str) -> list[np.random.Generator]:
         """Return a random stream of every task."""

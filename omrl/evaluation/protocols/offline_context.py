@@ -63,7 +63,7 @@ def run_offline(run: Run, context_of: Callable[[int, list[np.random.Generator]],
                 index = torch.from_numpy(others).to(algorithm.device)
                 moved = map_belief(lambda x, index=index: x[index], belief)
                 wrong = run.episode(moved, run.streams(repetition, "wrong"))[0].returns(run.family.returns == "sparse")
-            last, _ = run.episode(belief, rngs)
+            last, _ = run.episode(belief, run.streams(repetition, "starts", str(episode)))
             run.add(repetition, episode, [size] * len(rngs), last, counted, wrong)
     if last is None:
         raise ValueError("no episode")
