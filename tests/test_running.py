@@ -342,6 +342,8 @@ def test_a_swap_in_parallel_is_the_serial_one(built: Project, tmp_path):
 
 
 ODD = {"a": 1e-05, "b": 1e16, "c": None, "d": "yes", "e": "x " * 100, "f": "1e-5", "g": [], "h": {}, "i": "2\nlines\n"}
+SHARED = {"kind": "bc", "list": [1, 2]}
+ODD |= {"j": {"x": SHARED}, "k": {"x": SHARED}, "l": [SHARED, [1]], "m": "x: &id001"}  # anchors, as of YAML's '<<'
 LONG = "long-" * 30
 CELLS = """\
 stages:
@@ -357,6 +359,12 @@ def repro_odd(folder: Path, other: int, *arguments: str) -> str:
     (folder / "params.yaml").write_text(yaml.safe_dump({"odd": ODD, "other": other}))
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def assert_anchors_are_numbered(text: str) -> None:
+    anchors = re.findall(r"[:-] &(id\d+)$", text, flags=re.M)
+    assert anchors == [f"id{i + 1:03d}" for i in range(text.count("cmd:"))], "one of every cell"
+    assert "m: 'x: &id001'" in text
 
 
 @pytest.mark.parametrize(
@@ -381,6 +389,8 @@ def test_a_cell_is_recorded_as_dvc_does(tmp_path, before, cell):
         assert "didn't change" in repro_odd(folder, 2, *program, "repro", "-s", f"cell@{cell}")
         locks.append(lock.read_bytes())
     assert locks[0] == locks[1]
+    if before != "with a comment":  # there DVC itself writes, and leaves anchors as they were
+        assert_anchors_are_numbered(locks[0].decode())
     assert locks[0].count(b"other: 2") == 1
     assert locks[0].count(b"other: 1") == (0 if before == "none" else 2)
     if before == "as DVC does":
@@ -388,6 +398,7 @@ def test_a_cell_is_recorded_as_dvc_does(tmp_path, before, cell):
         assert order == ["cell@first", "cell@second", f"cell@{LONG}"]
         graph.sort_lock(tmp_path / "ours", order[::-1], order)
         assert graph.lock_order(tmp_path / "ours") == order[::-1]
+        assert_anchors_are_numbered((tmp_path / "ours/dvc.lock").read_text())
         assert yaml.safe_load((tmp_path / "ours/dvc.lock").read_text()) == yaml.safe_load(locks[0])
 
 

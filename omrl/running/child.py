@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,27 @@ def read_entries(path: str) -> dict[str, str] | None:
     return entries if own and not re.search(r"^(?! |$)", text[len(head) : -1], flags=re.M) else None
 
 
+def joined(entries: Iterable[str]) -> str:
+    """Return the texts of entries one behind the other, their YAML anchors numbered through, as one document's are.
+
+    Settings that ``<<`` in params.yaml shares between algorithms stand in an entry once, with an anchor. Each entry was
+    written as a document of its own, which begins at 1; twice the same anchor would make every reader warn.
+    """
+    parts: list[str] = []
+    count = 0
+    for entry in entries:
+        numbers: dict[str, int] = {}
+        for old in re.findall(r"(?<=[:-] &)id\d{3,}$", entry, flags=re.M):
+            numbers[old] = count = count + 1
+
+        def new(found: re.Match[str], numbers: dict[str, int] = numbers) -> str:
+            number = numbers.get(found[2])
+            return found[0] if number is None else f"{found[1]}id{number:03d}"
+
+        parts.append(re.sub(r"(?<=[:-] )([&*])(id\d{3,})$", new, entry, flags=re.M) if numbers else entry)
+    return "".join(parts)
+
+
 def narrow(cell: str) -> None:
     """Let DVC, in this process, read and write the entry of ``cell`` in dvc.lock and leave the others as they are."""
     from dvc.dvcfile import Lockfile
@@ -90,7 +111,7 @@ def narrow(cell: str) -> None:
         for stage in stages:
             entries[stage.name] = dumps_yaml({"stages": to_lockfile(stage)}).partition("\n")[2]
         whole = Path(self.repo.tmp_dir, f"dvc.lock.{os.getpid()}")
-        whole.write_text(_HEAD + "".join(entries.values()), encoding="utf-8")
+        whole.write_text(_HEAD + joined(entries.values()), encoding="utf-8")
         whole.replace(self.path)
         self.repo.scm_context.track_file(self.relpath)
 

@@ -14,7 +14,7 @@ from omrl.core.errors import UserError
 from omrl.core.files import write_json, write_text
 from omrl.experiment import read as read_params
 from omrl.provenance.lockfile import LOCK
-from omrl.running.child import split_lock
+from omrl.running.child import joined, split_lock
 
 FIRST = ("plan", "code")  # they write what running cells read, so they run alone, before all others
 ALL_CORES = ("behavior", "rollouts")  # one process per core
@@ -129,7 +129,7 @@ def sort_lock(folder: Path, before: list[str], order: list[str]) -> None:
     place = {name: i for i, name in enumerate(dict.fromkeys([*before, *order]))}
     ordered = sorted(entries, key=lambda entry: place.get(entry[0], len(place)))
     if ordered != entries:
-        write_text(folder / LOCK, head + "".join(part for _, part in ordered))
+        write_text(folder / LOCK, head + joined(part for _, part in ordered))
 
 
 def forget_dead(folder: Path) -> int:
