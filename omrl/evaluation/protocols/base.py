@@ -63,7 +63,7 @@ class Run:
         seed: their root.
         features: [tasks, rows, width], what the reward function reads beside ``data``.
         quick: for a learning curve: of an offline protocol the last episode alone, of ``fine-tune`` what was before
-            learning on. It is the same number as that of the table.
+            learning on. The former is the number of the table.
         rows: the table of episodes, filled by ``add``.
     """
 
