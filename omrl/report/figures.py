@@ -86,8 +86,8 @@ def results(rows: list[Row], references: dict[str, float], returns: str) -> byte
             )  # fmt: skip
         axes.set_yticks(range(len(order)), [_label(row.cell) for row in order])
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.set_xlabel(
-            f"{returns} return (bar: bootstrap interval, tick: mean, dots: seeds, diamond: published, with its spread)"
+        axes.set_xlabel(  # two lines: long names of methods leave little width
+            f"{returns} return (bar: bootstrap interval, tick: mean,\ndots: seeds, diamond: published, with its spread)"
         )
         axes.grid(axis="y", visible=False)
 
