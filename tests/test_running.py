@@ -183,6 +183,27 @@ def test_new_cells_and_missing_outputs_are_explained(toy):
     assert "may run  both: reads quick" in lines or any("both" in line for line in lines)
 
 
+def test_a_status_parses_params_once_and_sees_every_change(toy, monkeypatch):
+    from dvc.dependency import param
+
+    (toy / "dvc.yaml").write_text(TOY.replace("work.sh], outs", "work.sh], params: [shards, seed], outs"))
+    assert schedule.repro(toy, jobs=2) == 0
+    parsed = []
+
+    def load(path, fs, **options):
+        parsed.append(path)
+        return original(path, fs, **options)
+
+    original = param.load_path
+    monkeypatch.setattr(param, "load_path", load)
+    assert graph.read_graph(toy).reasons == {}
+    assert len(parsed) == 1
+    values = yaml.safe_load((toy / "params.yaml").read_text())
+    (toy / "params.yaml").write_text(yaml.safe_dump({**values, "seed": 1 + values["seed"]}))
+    assert set(graph.read_graph(toy).reasons) == {"slow", "quick"}
+    assert param.load_path is load  # as it was before
+
+
 @pytest.fixture
 def cluster(tmp_path):
     """A scheduler and two workers, each a process of its own on a loopback address."""
