@@ -12,6 +12,7 @@ import torch
 
 from omrl.algorithms.base import ContextAlgorithm, Phase, Spec
 from omrl.core.config import Config
+from omrl.core.errors import UserError
 from omrl.data.taskdata import TaskData
 from omrl.envs.base import load_family
 from omrl.envs.simulate import Episodes
@@ -264,6 +265,22 @@ def test_online_idaq_keeps_the_best_of_the_exploration():
     assert {r["counted"] for r in rows if r["episode"] < 7} == {False}
 
 
+class Counter(Searcher):
+    """A method without a posterior, whose belief grows by one with every step of its own."""
+
+    def observe(self, belief: Any, step: Experience) -> Any:
+        return belief + 1
+
+
+@pytest.mark.parametrize("posterior", ["mean", "episode", "step"])
+def test_a_method_without_a_posterior_keeps_what_its_steps_told(posterior):
+    algorithm = Counter()
+    evaluate(algorithm, "online-prior", repetitions=1, episodes=2, exploration_episodes=1, posterior=posterior)
+    last = [z - algorithm.acted[FAMILY.horizon] for z in algorithm.acted[FAMILY.horizon : 2 * FAMILY.horizon]]
+    for t, grown in enumerate(last):
+        np.testing.assert_allclose(grown, t, atol=1e-5)
+
+
 def test_online_protocols_leave_episodes_for_the_adapted_policy():
     with pytest.raises(ValueError, match="exploration_episodes = 10 leaves none of episodes = 10"):
         protocol("online-prior").CONFIG(episodes=10)
@@ -336,6 +353,15 @@ def test_esr_of_known_embeddings():
     # uniform in the cube: 0.4531 and 0.4772, from 4e5 independent pairs each
     assert esr(np.random.default_rng(0).uniform(-1, 1, (1500, 5))) == pytest.approx(0.4531, abs=0.02)
     assert esr(np.random.default_rng(0).uniform(-1, 1, (1500, 20))) == pytest.approx(0.4772, abs=0.02)
+
+
+def test_ood_contexts_need_other_tasks_of_the_same_dynamics():
+    features = np.zeros((5, 50, 0), np.float32)
+    wind = load_family("point-robot-wind")
+    with pytest.raises(UserError, match="tasks of 'point-robot-wind' differ in their dynamics"):
+        evaluate(GoalReader(), "ood-checkpoint", family=wind, features=features)
+    with pytest.raises(UserError, match="expected 2 training tasks or more"):
+        evaluate(GoalReader(), "ood-checkpoint", features=features[:3], places=[0, 3, 4])
 
 
 def test_rms_of_known_embeddings():

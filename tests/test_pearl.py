@@ -104,6 +104,14 @@ def test_inference_is_the_posteriors_mean_and_draws_nothing():
     assert torch.equal(algorithm.generators()["noise"].get_state(), stream)
 
 
+def test_the_prior_has_the_std_that_the_kl_pulls_to():
+    algorithm, rng = make(prior_std=0.05), torch.Generator().manual_seed(0)
+    torch.testing.assert_close(algorithm.prior(2)["variance"], torch.full((2, 3), 0.0025))
+    drawn = algorithm.prior(20_000, rng)["z"]
+    assert float(drawn.std()) == pytest.approx(0.05, rel=0.02)
+    assert float(make().prior(20_000, rng)["z"].std()) == pytest.approx(1, rel=0.02)
+
+
 # --- the losses --------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """FOCAL (Li, Yang, Luo, ICLR 2021): distance-metric learning of task embeddings, behavior-regularized RL.
 
 A deterministic encoder maps a bag of transitions to z in (-1, 1)^l (section 4.1); only the distance-metric
-loss trains it (Eqs 10, 13; Algorithm 1). Policy and critic are conditioned on the detached z (section 4.2,
+loss trains it (Eq. 13; Algorithm 1). Policy and critic are conditioned on the detached z (section 3.2,
 Eqs 6 to 9). The encoder sees the dataset's sparse rewards, actor and critic the dense ones.
 
 Defaults are the released code's for Sparse-Point-Robot. Where paper and release differ:

@@ -51,7 +51,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from omrl.algorithms.base import PosteriorAlgorithm, Spec
+from omrl.algorithms.base import Belief, PosteriorAlgorithm, Spec
 from omrl.algorithms.focal import Focal, FocalConfig
 from omrl.nets.actor_critic import adam
 from omrl.nets.encoders import ProbabilisticEncoder
@@ -104,6 +104,12 @@ class Pearl(PosteriorAlgorithm, Focal):
             self.device
         )
         self.encoder_optimizer = adam(self.encoder.parameters(), config.encoder_rate)
+
+    def prior(self, tasks: int, rng: torch.Generator | None = None) -> Belief:
+        """Return N(0, prior_std^2), or with ``rng`` a z drawn from it."""
+        belief = super().prior(tasks)
+        belief = {**belief, "variance": belief["variance"] * self.settings.prior_std**2}
+        return belief if rng is None else self.sample(belief, rng)
 
     def posterior(self, context: Experience) -> tuple[Tensor, Tensor]:
         """Return mean and variance of z given a context."""

@@ -14,8 +14,11 @@ there is no vector z. Returns count the reward that inference may see, since the
 ====================  ================================================  ==============================================
 what                  released code                                     here
 ====================  ================================================  ==============================================
-prompt                1 segment of 5 steps, of a random episode's end   the same; ``prompt_from: window``: from a
-                      but one                                           random step on (the paper's "segments")
+prompt                1 segment of 5 steps that ends one step before    1 segment of 5 steps, to the very end of a
+                      the end of an episode of expert data, which are   random episode of the context's dataset: expert
+                      a dataset of their own                            where a pair or ``dataset.test`` has expert
+                                                                        contexts; ``prompt_from: window``: from a
+                                                                        random step on (the paper's "segments")
 wanted return         a constant per environment: 1500 (Cheetah-Dir),   ``target_return``; None: the best return of an
                       0 (Cheetah-Vel), 500 (Ant-Dir), 650 (pick-place)  episode in the training data, or, with
                                                                         ``target_from: prompt``, of the prompt's
@@ -36,7 +39,8 @@ Prompt-DT-FT) is not here.
 Known failures: it imitates, so that no better action than the data's is found, and a return that no episode of the
 data had is out of its distribution; where data hold single rows instead of episodes, returns to go are one reward; a
 prompt without a reward in it says the task only as far as the behavior does; ``prior`` is an empty prompt, which
-training never saw.
+training never saw; data whose episodes are longer than a test's (``rollouts.horizon`` above the family's) have other
+returns to go, and their later steps share one place in time.
 """
 
 from __future__ import annotations

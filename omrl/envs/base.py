@@ -43,7 +43,7 @@ class StepResult:
 
 
 class BatchEnv(abc.ABC):
-    """B copies that step together; the copies of a task are neighbours: row = task * copies + copy."""
+    """B copies that step together; the copies of a task are neighbors: row = task * copies + copy."""
 
     observation: Array  # [B, observation_size]
 

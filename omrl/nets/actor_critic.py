@@ -1,12 +1,12 @@
-"""The behavior-regularized actor-critic that context-based methods share (FOCAL section 4.2; BRAC).
+"""The behavior-regularized actor-critic that context-based methods share (FOCAL section 3.2; BRAC).
 
 One update, in the order of FOCAL's released code:
 
 1. a_pi ~ pi(. | s, z), reparameterized;
 2. ``kl-dual``: the discriminator's steps;
-3. Q1, Q2 towards y = k r + gamma (1 - terminal) (Vbar(s', z) - [value penalty] alpha D) (Eq. 7);
+3. Q1, Q2 towards y = k r + gamma (1 - terminal) (Vbar(s', z) - [value penalty] alpha D) (Eqs 7, 8);
 4. V towards min Q(s, a_pi, z) - [entropy] log pi with the Q just updated, then Vbar;
-5. pi: [entropy] log pi - min Q + [policy regularization] alpha D + regularizers of mean and log-std (Eq. 8);
+5. pi: [entropy] log pi - min Q + [policy regularization] alpha D + regularizers of mean and log-std (Eq. 9);
 6. alpha, when adaptive.
 
 The entropy weight is 1: the reward scale k is the inverse temperature.
@@ -16,7 +16,7 @@ D keeps the policy near the data. Which D is open: FOCAL takes "any of BRAC's" a
 ===========  =====================================================  ===================================================
 kind         D per row                                              from
 ===========  =====================================================  ===================================================
-``kl-dual``  1 + log softplus c(s, a_pi) - softplus c(s, a)         FOCAL Eq. 9; BRAC's KL in its dual form
+``kl-dual``  1 + log softplus c(s, a_pi) - softplus c(s, a)         FOCAL App. F; BRAC's KL, dual form
 ``mmd``      mean k(x, x') - 2 mean k(x, a) + 1, x_1..x_n ~ pi(s)   BEAR's estimate of MMD^2; BRAC's MMD
 ``bc``       mean over entries of (a_pi - a)^2                      TD3+BC Eq. 3; ReBRAC section 3
 ===========  =====================================================  ===================================================
@@ -60,7 +60,7 @@ from omrl.nets.mlp import Mlp, Policy
 
 
 class RegularizationConfig(Config):
-    """Behavior regularization (FOCAL section 4.2, Eqs 6-9; BRAC; BEAR; TD3+BC; ReBRAC), see the module's docstring.
+    """Behavior regularization (FOCAL section 3.2, Eqs 6-9; BRAC; BEAR; TD3+BC; ReBRAC), see the module's docstring.
 
     Attributes:
         kind: of D; ``none`` switches everything off.
@@ -72,7 +72,8 @@ class RegularizationConfig(Config):
         alpha: weight of D, in units of Q; the initial one if ``adaptive``. FOCAL Table 4: 0 for the point robots, 50
             for Half-Cheetah-Vel and Walker, 500 for Half-Cheetah-Fwd-Back, 1e6 for Ant-Fwd-Back. With ``bc``, of the
             value penalty alone.
-        alpha_max: the weight that is used is clipped to [0, alpha_max]; the stored one is not.
+        alpha_max: the weight that is used is clipped to [0, alpha_max]; the stored one is not. In the release 2000 on
+            Half-Cheetah, 1e4 on Walker and 5e6 on Ant.
         adaptive: alpha += alpha_rate (mean D - target_divergence) per step (released code); the paper's text
             has a constant. With ``bc``, alpha is constant.
         alpha_rate: step size of alpha.
@@ -147,6 +148,10 @@ class RegularizationConfig(Config):
         if self.alpha == 0 and (self.value_penalty if self.kind == "bc" else self.active and not self.adaptive):
             why = "kind: bc and value_penalty: true" if self.kind == "bc" else "adaptive: false"
             raise ValueError(f"alpha = 0 with {why} switches nothing on; expected alpha > 0")
+        if self.alpha > self.alpha_max:
+            raise ValueError(
+                f"alpha = {self.alpha:g} is above alpha_max = {self.alpha_max:g}, which would be used instead"
+            )
         return self
 
 
@@ -205,7 +210,7 @@ class _Drawn:
 
 
 def divergence(c_policy: Tensor, c_data: Tensor) -> Tensor:
-    """Return the dual-form estimate of KL(pi || behavior) per row (FOCAL Eq. 9, f-divergence of BRAC).
+    """Return the dual-form estimate of KL(pi || behavior) per row (FOCAL App. F, f-divergence of BRAC).
 
     D = 1 + log(softplus(c(s, a_pi)) + 1e-8) - softplus(c(s, a_data)): 0 for the best discriminator when
     policy and data agree (softplus(c) = 1, c = 0.5413), negative for a poor one.
@@ -350,7 +355,7 @@ class ActorCritic(nn.Module):
         return torch.cat([action, state], dim=-1)
 
     def q_target(self, batch: Experience, z: Tensor, penalty: Tensor | None) -> Tensor:
-        """Return y [tasks * n]: k r + gamma (1 - terminal) (Vbar(s', z) - penalty), without gradient (Eq. 7)."""
+        """Return y [tasks * n]: k r + gamma (1 - terminal) (Vbar(s', z) - penalty), without gradient (Eqs 7, 8)."""
         config = self.config
         with torch.no_grad():
             following = join(batch.next_observation, z)
@@ -425,7 +430,7 @@ class ActorCritic(nn.Module):
         return {"v_loss": loss.detach()}
 
     def _step_policy(self, drawn: _Drawn, smallest: Tensor) -> dict[str, Tensor]:
-        """Step the policy towards a large ``smallest`` of both Q and a small D (Eq. 8), then alpha."""
+        """Step the policy towards a large ``smallest`` of both Q and a small D (Eq. 9), then alpha."""
         config, regularization = self.config, self.config.regularization
         by_distance = regularization.kind == "bc"
         gain = smallest

@@ -86,7 +86,7 @@ def canonical_syntax(node: Any, name_imports: Callable[[ast.Import | ast.ImportF
 
     Args:
         node: of the tree, or a list of nodes.
-        name_imports: returns what the names of an import statement count as; neighbouring ones are sorted.
+        name_imports: returns what the names of an import statement count as; neighboring ones are sorted.
     """
     if isinstance(node, ast.AST):
         parts = []

@@ -26,7 +26,7 @@ from omrl.envs.base import Family
 from omrl.evaluation.statistics import chance_ahead, intervals, profile
 from omrl.report.tables import Evaluation, Row
 
-# Okabe and Ito: told apart with any colour vision
+# Okabe and Ito: told apart with any color vision
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
 _STYLE: Any = {
     "font.size": 9,

@@ -107,7 +107,8 @@ def run_online(run: Run, kept_share: float | None) -> Episodes:
         if config.posterior == "step":
 
             def before_step(belief: Belief, t: int) -> Belief:
-                return algorithm.sample(found, draw) if t else belief
+                drawn = algorithm.sample(found, draw) if t else belief
+                return belief if drawn is found else drawn  # without a posterior, what the steps told must stay
 
         return run.episode(belief, rngs, before_step=before_step)[0]
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from omrl.core.errors import UserError
 from omrl.envs.simulate import Episodes
 from omrl.evaluation.protocols.base import Run
 from omrl.evaluation.protocols.offline_context import OfflineConfig, run_offline
@@ -40,7 +41,18 @@ def other_tasks_context(
 
 
 def run(run: Run) -> Episodes:
-    """Run the protocol on all tasks at once; return the last episode."""
+    """Run the protocol on all tasks at once; return the last episode.
+
+    Raises:
+        UserError: tasks differ in their dynamics, or there is no other task to take transitions from.
+    """
+    if run.family.varies != "reward":
+        raise UserError(
+            f"ood-checkpoint: tasks of '{run.family.name}' differ in their dynamics, so transitions of one task cannot "
+            "be the context of another; expected another protocol"
+        )
+    if len(run.training()) < 2:
+        raise UserError("ood-checkpoint: transitions come from other training tasks; expected 2 training tasks or more")
     features = run.features
     if features is None:
         raise ValueError("ood-checkpoint needs what the reward function reads beside the transitions")
