@@ -115,7 +115,8 @@ def test_relabelling_of_ml45_is_refused(pretended, tmp_path):
         family.reward({"index": 4}, features, features, features, features)
     text = (ROOT / "pipelines/metaworld-ml1/params.yaml").read_text()
     assert "metaworld-ml1" in text
-    (tmp_path / "params.yaml").write_text(text.replace("env: metaworld-ml1", "env: metaworld-ml45"))
+    text = text.replace("env: metaworld-ml1", "env: metaworld-ml45")
+    (tmp_path / "params.yaml").write_text(text.replace("relabel: {}", "relabel: {relabelled: {source: mixed}}"))
     with pytest.raises(UserError, match=r"relabel\.relabelled: tasks of 'metaworld-ml45' differ in their dynamics"):
         params.check(tmp_path / "params.yaml")
 
