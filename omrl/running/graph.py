@@ -85,7 +85,7 @@ def read_graph(folder: Path) -> Graph:
 
 @contextlib.contextmanager
 def _params_read_once() -> Iterator[None]:
-    """Let DVC parse a params file once, where it would for every cell: half of the time that a status takes."""
+    """Let DVC parse a params file once, where it would for every cell: a third of a status's processor time."""
     from dvc.dependency import param
 
     load = param.load_path
