@@ -35,10 +35,15 @@ def main(
 
 
 @app.command()
-def check(file: Annotated[Path, typer.Argument(help="a params.yaml")] = Path("params.yaml")) -> None:
+def check(
+    file: Annotated[Path, typer.Argument(help="a params.yaml, or a pipeline's folder or name")] = Path("params.yaml"),
+) -> None:
     """Check everything in a params.yaml and count the cells it asks for."""
     from omrl.experiment import check as check_params
+    from omrl.running.schedule import find_folder
 
+    if file.is_dir() or not (file.suffix or file.exists()):
+        file = find_folder(str(file)) / "params.yaml"
     cells = check_params(file)
     print(f"{file}: ok, {len(cells)} cells")
 

@@ -279,6 +279,8 @@ def test_check_list_data_and_version(built):
     stages = built.run("dvc", "stage", "list", "--name-only").stdout.split()
     asked = sum("@" in stage for stage in stages)  # the others are there whatever params.yaml says
     assert f"params.yaml: ok, {asked} cells" in built.omrl("check").stdout
+    smoke = f"{SMOKE}/params.yaml: ok, 13 cells\n"
+    assert all(built.omrl("check", name).stdout == smoke for name in ("smoke", SMOKE, f"{SMOKE}/params.yaml"))
     listed = built.omrl("list").stdout
     for name in ("sparse-point-robot", "focal", "offline-context"):
         assert name in listed
@@ -294,7 +296,8 @@ def test_commands_start_without_torch(built):
 
 
 def test_problems_end_with_code_2_and_no_traceback(built, tmp_path):
-    for arguments in (("check", "nowhere.yaml"), ("data", "nowhere"), ("verify", "--pipeline", str(tmp_path))):
+    nowhere = [("check", "nowhere.yaml"), ("check", "nowhere"), ("data", "nowhere")]
+    for arguments in (*nowhere, ("verify", "--pipeline", str(tmp_path))):
         done = built.omrl(*arguments, check=False)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
