@@ -150,6 +150,18 @@ def test_point_robot_goals_are_the_legacy_stream():
     np.testing.assert_array_equal([family.sample(i, 1337)["goal"] for i in range(10)], legacy)
 
 
+def test_left_right_has_the_same_goals_each_on_its_side():
+    same, sides = (
+        np.array([task["goal"] for task in load_family("point-robot", {"split": split}).tasks(30, 20, 1337)])
+        for split in ("same", "left-right")
+    )
+    np.testing.assert_array_equal(abs(same), abs(sides))
+    np.testing.assert_array_equal(same[:, 1], sides[:, 1])
+    assert (sides[:30, 0] < 0).all()
+    assert (sides[30:, 0] > 0).all()
+    assert (same[:30, 0] > 0).any()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.floats(0, 3, width=32),

@@ -130,6 +130,10 @@ def test_the_velocities_of_focal_and_macaw():
     np.testing.assert_allclose(velocities[35:], [0.225, 0.6, 1.2, 1.8, 2.025], atol=1e-12)
     np.testing.assert_allclose(sorted(velocities), np.linspace(0.075, 3.0, 40), atol=1e-12)
     assert velocities[:35] == sorted(velocities[:35])
+    faster = load_family("half-cheetah-vel", {"task_list": "macaw-faster"}).tasks(26, 14, 0)
+    velocities = [task["velocity"] for task in faster]
+    np.testing.assert_allclose(velocities, np.linspace(0.075, 3.0, 40), atol=1e-12)
+    assert (velocities[25], velocities[26]) == (pytest.approx(1.95), pytest.approx(2.025))
 
     uniform = load_family("half-cheetah-vel", {"task_list": "uniform"})
     draws = np.array([uniform.sample(i, 0)["velocity"] for i in range(2000)])

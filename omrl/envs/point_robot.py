@@ -7,7 +7,9 @@ minus the distance to the goal after the move, for task inference too, as in the
 
 Tasks: goals uniform on [-1, 1]^2 from NumPy's legacy generator with seed 1337, x and y drawn in turn per
 task, as in the released code; ``tasks.seed`` is that seed. Test goals are from a stream of their own, where the
-release has the last 20 of its first 100 draws.
+release has the last 20 of its first 100 draws. With ``split: left-right`` the same goals are mirrored so that
+training goals lie on the left (x <= 0) and test goals on the right (x >= 0): no training task is like a test
+task. MACAW asks this of velocities (ICML 2021, Table 1).
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ class PointRobotConfig(PointConfig):
 
     Attributes:
         start: see ``PointConfig``.
+        split: ``same``, training and test goals from one square; ``left-right``, see the module.
     """
 
     start: Literal["origin", "square", "half-plane"] = "square"
+    split: Literal["same", "left-right"] = "same"
 
 
 class PointRobot(PointFamily):
@@ -41,6 +45,15 @@ class PointRobot(PointFamily):
         self._check_index(index)
         x, y = legacy_uniform(seed, -1.0, 1.0, 2 * (index + 1))[-2:]
         return {"goal": [float(x), float(y)]}
+
+    def tasks(self, train: int, test: int, seed: int) -> list[Task]:
+        """Return the goals, mirrored to their side where the split asks for it."""
+        tasks = super().tasks(train, test, seed)
+        if getattr(self.config, "split", "same") == "same":
+            return tasks
+        sides = [-1.0] * train + [1.0] * test
+        return [{"goal": [side * abs(task["goal"][0]), task["goal"][1]]}
+                for side, task in zip(sides, tasks, strict=True)]  # fmt: skip
 
 
 class PointRobotEnv(PointEnv):
