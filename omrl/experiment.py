@@ -9,6 +9,7 @@ library code imports.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -516,6 +517,8 @@ def _check_algorithms(x: Experiment) -> None:
         known = ", ".join(registry.names("omrl.algorithms"))
         raise UserError(f"{x.path}: algorithms: expected at least one of {known}")
     for name, entry in x.algorithms.items():
+        if name == "reference":
+            raise UserError(f"{x.path}: algorithms.{name}: expected another name; metrics.json has the oracle there")
         module = algorithm_module(entry.file, f"{x.path}: algorithms.{name}.algorithm: ")
         config = parse(module.CONFIG, entry.overrides, f"{x.path}: algorithms.{name}")
         if wrong := module.ALGORITHM.check(config, spec_of(x.family, x.tasks.train), x.meta_train.steps):
@@ -599,6 +602,11 @@ def _check_cells(x: Experiment) -> None:
     count = 2 * len(x.shards) + sets + models * (1 + len(x.dataset.test)) + 2 * len(x.online)
     if count > MOST_CELLS:
         raise UserError(f"{x.path}: asks for {count} cells: expected at most {MOST_CELLS}; use fewer seeds or datasets")
+    if twice := [name for name, count in Counter(_names(x)).items() if count > 1]:
+        raise UserError(
+            f"{x.path}: two cells are called {twice[0]}: expected other names of algorithms or datasets; DVC joins "
+            "them by '-'"
+        )
 
 
 _CHECKS: tuple[Callable[[Experiment], None], ...] = (

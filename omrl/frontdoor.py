@@ -30,6 +30,7 @@ from omrl.algorithms.base import (
     Draw,
     Spec,
     algorithm_module,
+    build,
     load_model,
     load_tensors,
     save_model,
@@ -240,7 +241,7 @@ def fit(
     if wrong := cls.check(values, spec, steps):
         raise UserError(f"fit: {wrong}")
     own_seed = seeding.integer(seed, "meta_train")
-    algorithm = cls(values, spec, own_seed, device)
+    algorithm = build(cls, values, spec, own_seed, device)
     with tempfile.TemporaryDirectory() as scratch:
         sampler = make_sampler(algorithm, {"transitions": tasks}, own_seed)
         done = train(algorithm, sampler, config, Path(scratch) / "state", f"fit {name}")
@@ -265,7 +266,7 @@ def load_agent(path: str | Path, *, device: str = "auto", method: type[Algorithm
     else:
         values = parse(method.CONFIG, saved.get("config"), f"{folder / MODEL_CONFIG}: config")
         try:
-            algorithm = method(values, Spec(**saved["spec"]), saved["seed"], device)
+            algorithm = build(method, values, Spec(**saved["spec"]), saved["seed"], device)
         except (KeyError, TypeError):
             raise UserError(f"{folder / MODEL_CONFIG}: not the configuration of a model") from None
         load_tensors(algorithm, folder / "model.safetensors")

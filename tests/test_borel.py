@@ -278,7 +278,7 @@ def test_observing_steps_is_adapting_to_the_episode():
 
 @pytest.mark.parametrize("counts", ["last", "sum"])
 def test_a_belief_goes_on_through_the_episodes_and_all_are_reported(counts):
-    family = load_family("sparse-point-robot", {"horizon": HORIZON})
+    family = load_family("sparse-point-robot", {"horizon": HORIZON, "radius": 0.9})
     tasks = [
         {"index": i, "split": split, "parameters": {"goal": goal}}
         for i, (split, goal) in enumerate((("train", [0.3, 0.3]), ("test", [0.0, 0.4])))
@@ -313,6 +313,13 @@ def test_a_belief_goes_on_through_the_episodes_and_all_are_reported(counts):
         assert rows[-1]["return"] == pytest.approx(published)
         each = published / 3 if counts == "sum" else published
         assert rows[-1]["normalized"] == pytest.approx(family.normalize(tasks[task], each))
+    alone = Run(algorithm, family, data(), tasks, config, ("evaluate",), 0)
+    alone.add(1, 2, [0, 0], last, True)  # what the last episode has under the other form of the reward
+    for task in range(2):
+        again = [row["restated_return"] for row in run.rows if row["task"] == task and row["repetition"] == 1]
+        own = alone.rows[task]["restated_return"]
+        assert own > 0
+        assert again[-1] == pytest.approx(own + sum(again[:-1]) if counts == "sum" else own)
 
 
 def test_a_bag_of_rows_is_no_rollout():

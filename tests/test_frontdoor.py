@@ -90,6 +90,16 @@ def test_fit_gives_the_weights_of_the_pipelines_cell(data, family, folder, tmp_p
     assert cell.seed == seeding.integer(3, "meta_train")
 
 
+def test_weights_do_not_depend_on_the_threads(data, family):
+    """A GRU's orthogonal start has other bits with two threads."""
+    weights = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        agent = omrl.fit("borel", data, family, steps=1, threads=1, vae_steps=0)
+        weights.append(agent.algorithm.model_state())
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
 def test_import_is_without_torch_and_names_come_when_used():
     code = "import omrl, sys; assert 'torch' not in sys.modules; assert set(omrl.__all__) <= set(dir(omrl)); omrl.fit"
     code += "; assert 'torch' in sys.modules; omrl.nothing"

@@ -125,6 +125,7 @@ def test_the_cells_are_those_of_the_graph():
         ("relabel/relabelled/source", "best", r"relabel\.relabelled\.source = 'best': not one of dataset\.levels"),
         ("relabel/expert", {"source": "mixed"}, r"relabel\.expert: the name is taken"),
         ("algorithms", {}, r"algorithms: expected at least one"),
+        ("algorithms/reference", {"algorithm": "focal"}, r"algorithms\.reference: expected another name"),
         ("algorithms/focall", {}, r"algorithms\.focall: unknown algorithm 'focall': did you mean 'focal'\?"),
         ("algorithms/mine", {"algorithm": "fokal"}, r"algorithms\.mine\.algorithm = 'fokal': unknown algorithm"),
         ("algorithms/focal", {"laten_dim": 5}, r"algorithms\.focal\.laten_dim: unknown key; did you mean"),
@@ -149,6 +150,16 @@ def test_a_mistake_is_one_line(edit, key, value, message):
     assert "params.yaml: " in text
     assert "\n" not in text
     assert len(text) < 400
+
+
+def test_two_cells_of_one_name_are_refused(tmp_path):
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["algorithms"] = {"focal": {}, "focal-step": {"algorithm": "focal"}}
+    values["dataset"]["levels"] |= {"step-500": {"steps": [500]}, "500": {"steps": [500]}}
+    values["dataset"] |= {"train": ["step-500", "500"], "test": ["expert"]}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="two cells are called meta_train@focal-step-500-0: expected other names"):
+        params.check(tmp_path / "params.yaml")
 
 
 def test_a_missing_section_is_named(edit):

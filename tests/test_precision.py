@@ -36,9 +36,16 @@ def test_fast_is_as_exact_as_float32_on_this_processor():
 
 @pytest.mark.parametrize(("error", "chosen"), [(2.5e-3, "highest"), (6e-7, "medium")])
 def test_kernels_that_round_are_not_taken(monkeypatch, error, chosen):
-    monkeypatch.setattr(precision, "product_error", lambda _: error)
+    monkeypatch.setattr(precision, "product_error", lambda *_: error)
     assert precision.set_kernels("fast") == chosen
     assert precision.set_kernels("float32") == "highest"
+
+
+def test_kernels_are_tried_where_they_compute(monkeypatch):
+    tried = []
+    monkeypatch.setattr(precision, "product_error", lambda _, device: tried.append(device) or 1.0)
+    assert precision.set_kernels("fast", "cuda") == "highest"
+    assert tried == ["cuda"]
 
 
 @pytest.mark.parametrize(("section", "config"), [("meta_train", MetaTrainConfig), ("behavior", BehaviorConfig)])

@@ -161,6 +161,17 @@ def test_checkpoints_by_place_and_by_nearness():
     assert choose_checkpoints("a", LevelConfig(nearest=0.5), 4, {0: 0.0, 9: 0.9, 20: 0.4}) == [20]  # not a step
 
 
+def test_without_a_scale_of_returns_levels_by_return_are_refused():
+    family = load_family("sparse-point-robot", {"horizon": 5})  # too short to reach a goal
+    row = {"random_return": 0.0, "oracle_return": 0.0}
+    nothing = {step: family.normalize(row, 0.0) for step in STEPS}
+    assert all(np.isnan(x) for x in nothing.values())
+    assert choose_checkpoints("a", ALL, 4, nothing) == STEPS
+    for level, key in ((LevelConfig(nearest=0.5), "nearest"), (LevelConfig(band=[0, 1]), "band")):
+        with pytest.raises(UserError, match=rf"levels\.a\.{key} needs normalized returns: in task 4 neither"):
+            choose_checkpoints("a", level, 4, nothing)
+
+
 def test_the_common_names_have_one_definition():
     for name, level in NAMES.items():
         written = {key: value for key, value in level.resolved().items() if value}

@@ -537,6 +537,12 @@ def test_the_environment_is_rendered_or_its_absence_told(folder, monkeypatch):
     assert scene.picture(cheetah, cheetah.sample(0, 0))[1] is None
     assert "no OpenGL" in scene.picture(cheetah, cheetah.sample(0, 0))[0]
 
+    def hang(*_: object, **__: object) -> None:
+        raise subprocess.TimeoutExpired("python", 60)
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    assert "no OpenGL" in scene.picture(cheetah, cheetah.sample(0, 0))[0]
+
 
 @pytest.mark.parametrize(("rewarded", "shown"), [(1.0, False), (1.2, True)])
 def test_weights_that_are_all_one_are_no_attention(rewarded, shown):

@@ -33,7 +33,8 @@ def report(
     **params: object,
 ) -> Path:
     """Write a small pipeline's params and reports; a task's own difficulty is 3 times its index."""
-    values = {"env": "point-robot", "tasks": {"seed": 7}, "evaluate": {"protocol": "ood-checkpoint"}, **params}
+    values = {"env": "point-robot", "tasks": {"seed": 7}, "evaluate": {"protocol": "ood-checkpoint"}}
+    values |= {key.rstrip("_"): value for key, value in params.items()}
     write_text(folder / "params.yaml", yaml.safe_dump(values))
     rows, metrics, diagnostics = [], {}, {}
     for (algorithm, train), value in returns.items():
@@ -79,6 +80,9 @@ def test_a_difference_is_paired_where_tasks_are_the_same(tmp_path):
     # the tasks' difficulty, 12 apart, cancels; what is left is the seeds' 0.1
     assert pair.difference.low >= 0.9 - 1e-9
     assert pair.difference.high <= 1.1 + 1e-9
+    more = report(tmp_path / "d", {("focal", "expert"): 1.0}, tasks=range(24, 30), tasks_={"seed": 7, "train": 20})
+    (pair,) = comparison.compare_results(first, collect.Result(more))
+    assert (pair.tasks, pair.difference.mean) == (6, pytest.approx(60))  # test task 4 is 4 here and 24 there
     other = collect.Result(report(tmp_path / "c", {("focal", "expert"): 2.0}, tasks=range(4, 10), env="ant-goal"))
     (pair,) = comparison.compare_results(first, other)
     assert pair.tasks == 0

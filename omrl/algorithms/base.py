@@ -408,13 +408,17 @@ def create(
     """
     module = algorithm_module(name)
     config = parse(module.CONFIG, overrides, where or f"configuration of '{name}':")
+    return build(module.ALGORITHM, config, spec, seed, device)
+
+
+def build(method: type[Algorithm], config: Config, spec: Spec, seed: int, device: str = "auto") -> Algorithm:
+    """Return ``method(config, spec, seed, device)``: the same weights however many threads this process may use."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # orthogonal weights have other bits with two, which the environment may allow here
+    torch.set_num_threads(1)  # orthogonal weights have other bits with two
     try:
-        algorithm: Algorithm = module.ALGORITHM(config, spec, seed, device)
+        return method(config, spec, seed, device)
     finally:
         torch.set_num_threads(threads)
-    return algorithm
 
 
 def save_model(algorithm: Algorithm, folder: str | Path, name: str, module: str) -> None:

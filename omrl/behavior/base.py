@@ -5,22 +5,27 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from omrl.core import layout, seeding
 from omrl.core.config import Config
 from omrl.core.files import atomic_dir, canonical, input_hashes, read_input, scratch, write_manifest
 from omrl.core.precision import Kernels
+from omrl.envs.base import Array, Family, Task
+from omrl.envs.simulate import episodes
 
 PROGRESS = "progress.csv"
 SCRIPT = "script.json"  # what acts where nothing is trained
 SCRIPT_STEPS = (0, 1)  # its "checkpoints": random skills, what the task wants
 ENGINES = ("batched", "sb3", "scripted")  # modules of this package
+EVALUATION_EPISODES = 5  # behind a return in progress.csv
 _PACKAGES = ("gymnasium", "mujoco", "numpy", "stable_baselines3", "torch")
 
 
@@ -178,6 +183,22 @@ def progress_line(step: int, updates: int, values: Sequence[float]) -> str:
     shown = [f"{value:.9g}" if math.isfinite(value) else "" for value in values]
     shown += [""] * (1 + len(LOSSES) - len(shown))
     return ",".join([str(step), str(updates), *shown])
+
+
+def evaluate(
+    family: Family, tasks: Sequence[Task], seeds: Sequence[int], act: Callable[[Array, int], Array]
+) -> NDArray[np.float64]:
+    """Return every task's mean reported return over ``EVALUATION_EPISODES`` test episodes, [N].
+
+    Args:
+        family: environment.
+        tasks: N of them.
+        seeds: of the tasks' runs; they draw the starts.
+        act: (observations [N * EVALUATION_EPISODES, width], a task's side by side, step) -> actions.
+    """
+    starts = [seeding.generator(seed, "progress", i) for seed in seeds for i in range(EVALUATION_EPISODES)]
+    ran = episodes(family.batch(tasks, EVALUATION_EPISODES), act, family.horizon, starts)
+    return ran.returns(family.returns == "sparse").reshape(len(tasks), -1).mean(1)
 
 
 def named(values: Sequence[float]) -> dict[str, float]:

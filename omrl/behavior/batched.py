@@ -30,6 +30,7 @@ from omrl.behavior.base import (
     BehaviorConfig,
     Run,
     checkpoint_name,
+    evaluate,
     named,
     progress_line,
     task_folder,
@@ -42,9 +43,7 @@ from omrl.core.errors import UserError
 from omrl.core.files import atomic_path, canonical, remove_dir, write_text
 from omrl.core.precision import set_kernels
 from omrl.envs.base import Array, Family, load_family
-from omrl.envs.simulate import episodes
 
-_EVALUATION_EPISODES = 5
 _SNAPSHOT = "unfinished.safetensors"
 _SNAPSHOT_S = 120.0  # between savings of unfinished work, at checkpoints
 _REPORTED = 50  # environment steps between reports of progress
@@ -206,17 +205,13 @@ class Group:
 
     @torch.no_grad()
     def evaluate(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Return every task's mean reported return of the deterministic policy over a few test episodes, [N]."""
-        count, copies = len(self.runs), _EVALUATION_EPISODES
-        env = self.family.batch(self._tasks, copies)
-        starts = [seeding.generator(run.seed, "progress", i) for run in self.runs for i in range(copies)]
+        """Return every task's mean reported return of the deterministic policy, [N]."""
 
         def act(seen: Array, _: int) -> Array:
-            observation = torch.from_numpy(seen).view(count, copies, -1).to(self._device)
-            return self.sac.act(observation, None).cpu().reshape(count * copies, -1).numpy()
+            observation = torch.from_numpy(seen).view(len(self.runs), -1, seen.shape[-1]).to(self._device)
+            return self.sac.act(observation, None).cpu().reshape(len(seen), -1).numpy()
 
-        ran = episodes(env, act, self.family.horizon, starts)
-        return ran.returns(self.family.returns == "sparse").reshape(count, copies).mean(1)
+        return evaluate(self.family, self._tasks, [run.seed for run in self.runs], act)
 
     def write_replay(self, folders: list[Path]) -> None:
         """Write the transitions since the last checkpoint, if they are kept."""
@@ -337,7 +332,7 @@ def train_group(env: str, env_config: dict[str, Any], runs: list[Run], config: d
     keep_memory()
     torch.set_num_threads(1)  # one and two threads give different weights
     behavior = BehaviorConfig.model_validate(config)
-    set_kernels(behavior.matmul)
+    set_kernels(behavior.matmul, behavior.device)
     group = Group(load_family(env, env_config), runs, behavior, torch.device(behavior.device))
     folder = Path(work)
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,18 +28,17 @@ from omrl.behavior.base import (
     BehaviorConfig,
     Run,
     checkpoint_name,
+    evaluate,
     named,
     progress_line,
     task_folder,
 )
 from omrl.behavior.replay import ReplayWriter
-from omrl.core import events, seeding
+from omrl.core import events
 from omrl.core.files import atomic_dir, atomic_path, package_versions, write_text
 from omrl.core.parallel import run_tasks
 from omrl.envs.base import Family, StepResult, Task, load_family
-from omrl.envs.simulate import episodes
 
-_EVALUATION_EPISODES = 5
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 # what depends on the clock or on the moment of saving; SAC.load gives each its initial value
 _VOLATILE = [
@@ -137,7 +136,7 @@ def train_task(
                     kept.writer.write([work], step)
             save_checkpoint(model, work / checkpoint_name(step))
             losses = [model.logger.name_to_value.get(f"train/{name}") for name in LOSSES]
-            values = [evaluate(model, family, task, seed), *(math.nan if x is None else float(x) for x in losses)]
+            values = [_mean_return(model, family, task, seed), *(math.nan if x is None else float(x) for x in losses)]
             board.scalars(step, named(values))
             rows.append(progress_line(step, model._n_updates, values))
         write_text(work / PROGRESS, "\n".join(rows) + "\n")
@@ -212,9 +211,5 @@ def set_counters(model: SAC, step: int, updates: int, episodes: int) -> None:
     model._n_updates, model._episode_num = updates, episodes
 
 
-def evaluate(model: SAC, family: Family, task: Task, seed: int) -> float:
-    """Return the mean reported return of the deterministic policy over a few test episodes."""
-    env = family.batch([task], _EVALUATION_EPISODES)
-    rngs = [seeding.generator(seed, "progress", i) for i in range(_EVALUATION_EPISODES)]
-    ran = episodes(env, lambda seen, _: model.predict(seen, deterministic=True)[0], family.horizon, rngs)
-    return float(ran.returns(family.returns == "sparse").mean())
+def _mean_return(model: SAC, family: Family, task: Task, seed: int) -> float:
+    return float(evaluate(family, [task], [seed], lambda seen, _: model.predict(seen, deterministic=True)[0])[0])

@@ -11,15 +11,21 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from omrl.behavior.base import PROGRESS, PROGRESS_HEADER, SCRIPT, BehaviorConfig, Run, progress_line
+from omrl.behavior.base import (
+    EVALUATION_EPISODES,
+    PROGRESS,
+    PROGRESS_HEADER,
+    SCRIPT,
+    BehaviorConfig,
+    Run,
+    evaluate,
+    progress_line,
+)
 from omrl.core import seeding
 from omrl.core.errors import UserError
 from omrl.core.files import atomic_dir, write_json, write_text
 from omrl.core.progress import Progress
 from omrl.envs.base import Array, Family, Task, load_family
-from omrl.envs.simulate import episodes
-
-_EVALUATION_EPISODES = 5
 
 
 class Script(Protocol):
@@ -68,11 +74,8 @@ def script_of(
 def _mean_return(family: Family, run: Run, checkpoint: int) -> float:
     """Return the script's mean return without noise over the steps of a test episode."""
     rng = seeding.generator(run.seed, "script", checkpoint)
-    actor = script_of(family, run.task, checkpoint, 0, _EVALUATION_EPISODES, rng)
-    env = family.batch([run.task], _EVALUATION_EPISODES)
-    starts = [seeding.generator(run.seed, "progress", i) for i in range(_EVALUATION_EPISODES)]
-    ran = episodes(env, lambda seen, _: actor.mean_action(seen), family.horizon, starts)
-    return float(ran.returns(family.returns == "sparse").mean())
+    actor = script_of(family, run.task, checkpoint, 0, EVALUATION_EPISODES, rng)
+    return float(evaluate(family, [run.task], [run.seed], lambda seen, _: actor.mean_action(seen))[0])
 
 
 def train(

@@ -10,11 +10,12 @@ Kernels = Literal["float32", "fast"]
 _EXACT = 1e-5
 
 
-def product_error(precision: str) -> float:
+def product_error(precision: str, device: str = "cpu") -> float:
     """Return the largest error of a product of 512 x 256 by 256 x 256 normal numbers, relative to its largest entry.
 
     Args:
         precision: ``highest``, ``high`` or ``medium``, see ``torch.set_float32_matmul_precision``.
+        device: that multiplies.
     """
     import torch  # here, so that a configuration can name its kernels without loading it
 
@@ -23,25 +24,26 @@ def product_error(precision: str) -> float:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        found = (one @ two).double()
+        found = (one.to(device) @ two.to(device)).double().cpu()
     finally:
         torch.set_float32_matmul_precision(before)
     exact = one.double() @ two.double()
     return float((found - exact).abs().max() / exact.abs().max())
 
 
-def set_kernels(kind: Kernels) -> str:
+def set_kernels(kind: Kernels, device: str = "cpu") -> str:
     """Choose the kernels of this process; return the name of PyTorch's setting.
 
     ``medium`` lets PyTorch round factors to bfloat16. Processors that gain nothing from that keep float32 and take
     other kernels, which on AMD's with AVX-512 are twice as fast as the default ones and as exact; Intel's with AMX
-    round. So ``fast`` multiplies once on the CPU and looks.
+    round, and so do GPUs with TF32. So ``fast`` multiplies once and looks.
 
     Args:
         kind: ``float32``: the default kernels; ``fast``: those of ``medium``, unless they round.
+        device: that computes, ``cpu`` or ``cuda``.
     """
     import torch
 
-    chosen = "medium" if kind == "fast" and product_error("medium") < _EXACT else "highest"
+    chosen = "medium" if kind == "fast" and product_error("medium", device) < _EXACT else "highest"
     torch.set_float32_matmul_precision(chosen)
     return chosen

@@ -194,13 +194,19 @@ def choose_checkpoints(name: str, level: LevelConfig, task: int, normalized: Map
         normalized: step -> mean normalized return of that checkpoint's sampled episodes.
 
     Raises:
-        UserError: a step is not in the rollouts, or no checkpoint falls in the band.
+        UserError: a step is not in the rollouts, no checkpoint falls in the band, or there is no scale of returns.
     """
     steps = sorted(normalized)
     if level.steps == "all":
         return steps
     if level.steps in ("first", "last"):
         return [steps[0 if level.steps == "first" else -1]]
+    if (level.nearest is not None or level.band is not None) and any(x != x for x in normalized.values()):
+        key = "band" if level.nearest is None else "nearest"
+        raise UserError(
+            f"params.yaml: dataset.levels.{name}.{key} needs normalized returns: in task {task} neither the oracle nor "
+            "a checkpoint collects more than random actions; expected steps or part there, or better behavior policies"
+        )
     if level.nearest is not None:
         goal = level.nearest
         return [min(steps, key=lambda step: (abs(normalized[step] - goal), step))]

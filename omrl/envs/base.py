@@ -163,11 +163,11 @@ class Family(abc.ABC):
         """Return (value - random) / (top - random) for a row of data/tasks/all.json: 0 random, 1 top.
 
         The top is the oracle's return. Where it is not known, it is ``best``, what the best policy at hand
-        collects; without that, NaN.
+        collects; without that, NaN. NaN, too, where nothing is better than random.
         """
         floor, oracle = task_row["random_return"], task_row["oracle_return"]
         top = oracle if oracle is not None else best
-        return value * np.nan if top is None else (value - floor) / (top - floor)
+        return value * np.nan if top is None or top == floor else (value - floor) / (top - floor)
 
     def make(self, task: Task, horizon: int | None = None) -> gymnasium.Env[Any, Any]:
         """Return the single form: a Gymnasium environment that truncates after ``horizon`` steps."""

@@ -199,7 +199,7 @@ def train(
     """
     keep_memory()
     torch.set_num_threads(config.threads)
-    set_kernels(config.matmul)
+    set_kernels(config.matmul, algorithm.device.type)
     data = sampler.data if data is None else data
     phases = algorithm.phases(config.steps) if phases is None else phases
     total = sum(phase.steps for phase in phases)

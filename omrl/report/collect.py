@@ -71,7 +71,9 @@ class Result:
             self.tables = [TABLES[name] for name in ([named] if isinstance(named, str) else named) if name in TABLES]
             self.confidence = float((params.get("report") or {}).get("confidence", 0.95))
             #: what the test tasks are; two results with the same can be compared task by task
-            self.tasks = [params["env"], params.get("env_config") or {}, (params.get("tasks") or {}).get("seed", 1337)]
+            tasks = params.get("tasks") or {}
+            self.tasks = [params["env"], params.get("env_config") or {}, tasks.get("seed", 1337)]
+            self._first = int(tasks.get("train", 0))  # index of test task 0
         except (KeyError, TypeError, AttributeError, ValueError):
             raise UserError(f"{self._where('params.yaml')}: damaged; 'omrl check' says what is wrong") from None
 
@@ -118,13 +120,13 @@ class Result:
         return {cell: (cell[0], trains.index(cell[1]), tests.index(cell[2])) for cell in self.cells}
 
     def scores(self, cell: Cell) -> tuple[NDArray[np.float64], list[int]]:
-        """Return mean returns [seeds, tasks] of a cell, and the tasks."""
+        """Return mean returns [seeds, tasks] of a cell, and which test tasks: how many train moves none of them."""
         frame = self.frame
         chosen = frame[
             (frame.algorithm == cell[0]) & (frame.train_dataset == cell[1]) & (frame.test_dataset == cell[2])
         ]
         table = chosen.pivot_table(index="seed", columns="task", values="return", aggfunc="mean", sort=True)
-        return table.to_numpy(dtype=np.float64), [int(task) for task in table.columns]
+        return table.to_numpy(dtype=np.float64), [int(task) - self._first for task in table.columns]
 
     @cached_property
     def _diagnostics(self) -> Any:

@@ -31,13 +31,16 @@ def picture(family: Family, task: Task) -> tuple[str, bytes | None]:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "scene.png"
         for backend in ("egl", "osmesa", "glfw"):
-            done = subprocess.run(
-                [sys.executable, "-m", "omrl.report.scene", job, str(target)],
-                env={**os.environ, "MUJOCO_GL": backend},
-                capture_output=True,
-                timeout=_SECONDS,
-                check=False,
-            )
+            try:
+                done = subprocess.run(
+                    [sys.executable, "-m", "omrl.report.scene", job, str(target)],
+                    env={**os.environ, "MUJOCO_GL": backend},
+                    capture_output=True,
+                    timeout=_SECONDS,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:  # a driver that hangs
+                continue
             if done.returncode == 0 and target.is_file():
                 return f"The start of an episode of task 0: {describe(task)}.", target.read_bytes()
     return "No picture of the environment: there is no OpenGL here (tried EGL, OSMesa and a window system).", None

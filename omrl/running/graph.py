@@ -76,9 +76,10 @@ def read_graph(folder: Path) -> Graph:
         raise UserError(f"{folder}: DVC cannot read this pipeline: {error}") from None
     finally:
         os.chdir(here)
-    sections = {"meta_train": params.meta_train, "evaluate": params.evaluate}
-    defaults = {"meta_train": 2, "evaluate": 1}
-    threads = {name: int(str(section.get("threads", defaults[name]))) for name, section in sections.items()}
+    threads = {}
+    for name, section, default in (("meta_train", params.meta_train, 2), ("evaluate", params.evaluate, 1)):
+        wanted = section.get("threads")
+        threads[name] = wanted if isinstance(wanted, int) else default  # stage 'plan' refuses anything else
     threads |= {"online": threads["meta_train"], "evaluate_online": threads["evaluate"]}
     return Graph(reads, reasons, threads)
 

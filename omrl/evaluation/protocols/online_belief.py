@@ -37,7 +37,7 @@ def run(run: Run) -> Episodes:
     for repetition in range(run.repetitions):
         rngs = run.streams(repetition)
         belief = run.algorithm.prior(count)
-        total, seen = np.zeros(count), np.zeros(count, dtype=np.int64)
+        total, restated, seen = np.zeros(count), np.zeros(count), np.zeros(count, dtype=np.int64)
         for episode in range(config.episodes):
             last, belief = run.episode(belief, rngs)
             total += last.returns(family.returns == "sparse")
@@ -48,6 +48,10 @@ def run(run: Run) -> Episodes:
                 normalized = [float(family.normalize(t, r)) for t, r in zip(run.tasks, each, strict=True)]
                 more |= {"return": total.tolist(), "normalized": normalized}
             run.add(repetition, episode, seen.tolist(), last, counted, **more)
+            restated += [row["restated_return"] for row in run.rows[-count:]]
+            if counted and config.counts == "sum":
+                for row, value in zip(run.rows[-count:], restated.tolist(), strict=True):
+                    row["restated_return"] = value
             seen += last.valid.sum(axis=1)
     if last is None:
         raise ValueError("no episode")
