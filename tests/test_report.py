@@ -125,7 +125,8 @@ def folder(tmp_path, monkeypatch) -> Path:
         diagnostics = {"esr": 0.5, "rms": 1.0, "embedding_variance": 0.01, "attention": attended if weighs else None,
                        "sparsity": curve if weighs else None}  # fmt: skip
         write_json(target / "diagnostics.json", diagnostics)
-        write_text(target / "curve.csv", "step,metric_loss,q_loss,q_mean\n10,3.0,2.0,-8.0\n20,2.0,1.0,4.0\n")
+        loss = 1.0 if cell["train"] == "step-4800" else 256.0  # the others' critics have not learned
+        write_text(target / "curve.csv", f"step,metric_loss,q_loss,q_mean\n10,3.0,2.0,-8.0\n20,2.0,{loss},4.0\n")
         write_manifest(
             target,
             kind="evaluation",
@@ -266,13 +267,20 @@ def test_rivals_are_compared_on_the_same_tasks_and_unsupported_differences_marke
     assert behind["high"] == pytest.approx(10.2 - 9, abs=0.11)
 
 
+def test_critics_that_have_not_learned_are_named(folder):
+    build(folder)
+    warning = "Critics that have not learned: focal on step-2200 (2.0)"
+    assert f"**{warning}; the root of their last loss" in (folder / "reports/results.md").read_text()
+    assert warning in (folder / "reports/index.html").read_text()
+
+
 def test_diagnostics_of_the_papers_are_kept(folder):
     build(folder)
     found = json.loads((folder / "reports/diagnostics.json").read_text())
     assert found["focal"]["step-4800"]["step-2200"]["esr"] == 0.5
     plus = found["focalpp"]["step-4800"]["step-4800"]
     assert (plus["attention_auc"], plus["weight_rewarded"], plus["sparsity_threshold"]) == (0.9, 1.5, 0.6)
-    assert (plus["q_mean_last"], plus["q_mean_largest"]) == (4.0, 8.0)
+    assert (plus["q_mean_last"], plus["q_mean_largest"], plus["q_error_last"]) == (4.0, 8.0, 1 / 8)
     assert "restated" not in plus
     assert found["focal"]["step-4800"]["step-4800"]["restated"] == 4.0
     page = (folder / "reports/index.html").read_text()

@@ -107,7 +107,7 @@ def _lead(rows: list[tables.Row], references: dict[str, float], facts: dict[str,
     if compared:
         above = sum(mean >= max(quote.value for quote in quoted) for mean, quoted in compared)
         text += f" Of {len(compared)} published cells, {above} are reached or exceeded."
-    return text
+    return f"{text} {tables.unlearned(rows)}".strip()
 
 
 # name -> title and caption of a picture, in the order of the page

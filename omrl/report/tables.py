@@ -217,7 +217,8 @@ def _further_diagnostics(members: list[Evaluation]) -> dict[str, float]:
     """Return means over seeds of the attention's AUC and weights, Eq. 34's threshold, and the critics' course.
 
     ``q_mean_last`` and ``q_mean_largest`` tell divergence (FOCAL Figs 10, 11): a batch's mean Q value at the end,
-    and its largest size ever, in units of the scaled reward.
+    and its largest size ever, in units of the scaled reward. ``q_error_last`` is the root of the critics' last loss
+    over that size: hundredths where they have learned, above 1 where they have not yet reached the returns of the data.
     """
     found: dict[str, list[float]] = {}
     for member in members:
@@ -230,8 +231,24 @@ def _further_diagnostics(members: list[Evaluation]) -> dict[str, float]:
             found.setdefault("sparsity_threshold", []).append(sparsity["threshold"])
         if "q_mean" in member.curve:
             found.setdefault("q_mean_last", []).append(float(member.curve["q_mean"].iloc[-1]))
-            found.setdefault("q_mean_largest", []).append(float(member.curve["q_mean"].abs().max()))
+            largest = float(member.curve["q_mean"].abs().max())
+            found.setdefault("q_mean_largest", []).append(largest)
+            if "q_loss" in member.curve and largest:
+                found.setdefault("q_error_last", []).append(math.sqrt(member.curve["q_loss"].iloc[-1]) / largest)
     return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def unlearned(rows: list[Row]) -> str:
+    """Return a sentence on models whose critics are still further from their targets than their values are large."""
+    found = {row.cell[:2]: error for row in rows if (error := row.diagnostics.get("q_error_last", 0.0)) > 1}
+    if not found:
+        return ""
+    names = ", ".join(f"{algorithm} on {train} ({error:.1f})" for (algorithm, train), error in found.items())
+    return (
+        f"Critics that have not learned: {names}; the root of their last loss is above their mean Q value "
+        "(`q_error_last`), so their policies owe them nothing yet. A smaller `reward_scale`, a higher `critic_rate` or "
+        "more steps help."
+    )
 
 
 def reference_rows(
@@ -409,6 +426,8 @@ def markdown(
         lines.append(f"| *behavior policies* | {name} | | {value:.2f} |{tail}")
     for table in config.tables:
         lines += ["", f"Published: {table.citation}. {table.note}"]
+    if warning := unlearned(rows):
+        lines += ["", f"**{warning}**"]
     return "\n".join(lines) + "\n"
 
 
