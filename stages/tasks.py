@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from omrl.core import layout
 from omrl.core.files import atomic_dir, input_hashes, write_json, write_manifest
+from omrl.envs.contract import check_contract
 from omrl.experiment import load
 from stages import run
 
@@ -17,6 +18,7 @@ def main() -> None:
     family = params.family
     head = {"env": params.env, "spec": family.spec(), "seed": params.tasks.seed}
     tasks = family.tasks(params.tasks.train, params.tasks.test, params.tasks.seed)
+    check_contract(family, tasks)
     with atomic_dir(layout.TASKS.parent) as folder:
         rows = [
             {

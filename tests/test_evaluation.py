@@ -105,6 +105,30 @@ def read_goals(**values: Any) -> tuple[list[dict[str, Any]], Episodes, GoalReade
     return rows, last, algorithm
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda good: good.numpy(), r"GoalReader\.act returned ndarray: expected a tensor of shape \[5, 2\]"),
+        (lambda good: good[:, :1], r"act returned a tensor of shape \[5, 1\]: expected a tensor of shape \[5, 2\]"),
+        (lambda good: good * float("nan"), r"act returned a number that is not finite"),
+    ],
+)
+def test_actions_that_are_none_are_refused(given, message):
+    algorithm = GoalReader()
+    act = algorithm.act
+    algorithm.act = lambda *args: given(act(*args))
+    with pytest.raises(UserError, match=message):
+        evaluate(algorithm, episodes=2)
+
+
+def test_actions_with_a_gradient_are_taken():
+    algorithm = GoalReader()
+    act = algorithm.act
+    algorithm.act = lambda *args: act(*args).requires_grad_()
+    found, expected = evaluate(algorithm, episodes=2)[0], read_goals(episodes=2)[0]
+    assert [row["return"] for row in found] == [row["return"] for row in expected]
+
+
 def test_context_grows_and_only_the_last_episode_of_a_repetition_counts():
     rows, _, algorithm = read_goals(episodes=4, context_per_episode=10, repetitions=2)
     assert algorithm.sizes_seen == [10, 20, 30, 40] * 2

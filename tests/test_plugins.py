@@ -184,6 +184,12 @@ def test_installed_plug_ins_are_listed_and_loaded_by_their_entry_points(folder):
     [
         ("import nothing_there\n", r"its import fails: ModuleNotFoundError: No module named 'nothing_there'"),
         ("x = (\n", r"its import fails: SyntaxError"),
+        ("import os\n1 / 0\n", r"its import fails: ZeroDivisionError: division by zero \(.*method\.py, line 2\)"),
+        ("raise SystemExit(3)\n", r"its import fails: SystemExit: 3 \("),
+        (
+            "from omrl.algorithms.bc import Bc as ALGORITHM\nclass CONFIG: pass\n",
+            r"method\.py: CONFIG: expected a class of omrl's Config",
+        ),
         ("from omrl.algorithms.bc import Bc as ALGORITHM\n", r"method\.py lacks CONFIG; expected CONFIG, ALGORITHM"),
         ("CONFIG = ALGORITHM = 1\n", r"ALGORITHM: expected a class of omrl's Algorithm"),
         (
@@ -217,6 +223,9 @@ def test_an_environment_of_ones_own(folder):
     with pytest.raises(UserError, match=r"deps does not have robot\.py"):
         check(params(folder, env="mine.robot"))
     write(folder, mine__broken="FAMILY = ENV = None\n")
+    write(folder, mine__bare=text.replace('    env_id = "Mine/Robot-v0"\n', ""))
+    with pytest.raises(UserError, match=r"env: environment 'mine\.bare': .*bare\.py: SparsePointRobot lacks env_id"):
+        check(params(folder, watched, env="mine.bare"))
     with pytest.raises(
         UserError, match=r"env: environment 'mine\.broken': .*FAMILY: expected a class of omrl's Family"
     ):

@@ -18,7 +18,7 @@ from conftest import ROOT, SMOKE, Project, clone
 
 from omrl.core.errors import UserError
 from omrl.running import child, graph, schedule
-from omrl.running.cell import environment
+from omrl.running.cell import _message, environment
 
 # two cells that may run at once, of which the first in the graph ends last; two that read them; one alone
 TOY = """\
@@ -282,6 +282,22 @@ def test_mistakes_end_in_one_line(toy, monkeypatch):
     (toy / "dvc.yaml").write_text("stages: 3\n")
     with pytest.raises(UserError, match="DVC cannot read this pipeline"):
         schedule.explain(toy)
+
+
+def test_the_line_of_a_failure_names_the_error_and_the_users_own_line(tmp_path):
+    theirs = tmp_path / "mine.py"
+    theirs.write_text("def update(batch):\n    return len(batch) / 0\n")
+    code = (
+        "import mine; from omrl.core.errors import run; from functools import partial; run(partial(mine.update, [1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    dvcs = "ERROR: failed to reproduce 'x': failed to run: python, exited with 1\n"
+    told = _message(f"Running stage 'x':\n{done.stderr}{dvcs}", tmp_path / "x.log")
+    assert (
+        told == f"ZeroDivisionError: division by zero ({theirs}, line 2, in update); its output is in {tmp_path}/x.log"
+    )
+    assert _message(f"error: mine\n{done.stderr}", tmp_path / "x.log") == "mine"
+    assert _message(dvcs, tmp_path / "x.log").startswith("failed to reproduce 'x'")
 
 
 def test_a_cell_gets_the_threads_it_declares():

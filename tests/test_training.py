@@ -500,3 +500,23 @@ def test_a_missing_input_is_named(pipeline, path, names):
     with pytest.raises(UserError, match=names):
         cell()
     assert not Path(TARGET).exists()
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, r"Focal\.update returned NoneType: expected a dict of name -> tensor"),
+        ({"loss": 1.0}, r"update returned float as loss: expected a tensor with one number"),
+        ({"loss": torch.zeros(4)}, r"update returned a tensor of shape \[4\] as loss: expected a tensor with one"),
+    ],
+)
+def test_an_update_that_returns_something_else_is_told(tmp_path, monkeypatch, returned, message):
+    monkeypatch.setattr(Focal, "update", lambda *_: returned)
+    with pytest.raises(UserError, match=message):
+        train(*parts(), settings(), tmp_path / "state")
+
+
+def test_phases_that_do_not_sum_to_the_steps_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(Focal, "phases", lambda self, steps: [])
+    with pytest.raises(UserError, match=rf"Focal\.phases\({settings().steps}\) gives 0 steps: expected meta_train"):
+        train(*parts(), settings(), tmp_path / "state")

@@ -387,6 +387,8 @@ def algorithm_module(name: str, where: str = "") -> ModuleType:
         )
     if missing := sorted(cls.__abstractmethods__):
         raise UserError(f"{where}algorithm '{name}': {module.__file__}: {cls.__name__} lacks {', '.join(missing)}")
+    if not (isinstance(module.CONFIG, type) and issubclass(module.CONFIG, Config)):
+        raise UserError(f"{where}algorithm '{name}': {module.__file__}: CONFIG: expected a class of omrl's Config")
     return module
 
 

@@ -7,13 +7,14 @@ import importlib.metadata
 import importlib.util
 import pkgutil
 import sys
+import traceback
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 from omrl.core.errors import UserError, suggest
 
-_SHARED = ("base", "simulate")
+_SHARED = ("base", "contract", "simulate")
 
 
 def own_names(package: str) -> list[str]:
@@ -91,8 +92,12 @@ def _outside(name: str, dotted: str, what: str, needs: tuple[str, ...], where: s
     search(Path.cwd())
     try:
         module = importlib.import_module(dotted)
-    except Exception as error:  # whatever it runs on import may raise anything
-        raise UserError(f"{where}{what} '{name}': its import fails: {type(error).__name__}: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever it runs on import may raise anything
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"{where}{what} '{name}': its import fails: {type(error).__name__}: {error} "
+            f"({at.filename}, line {at.lineno})"
+        ) from None
     for attribute in needs:
         if not hasattr(module, attribute):
             raise UserError(f"{where}{what} '{name}': {module.__file__} lacks {attribute}; expected {', '.join(needs)}")

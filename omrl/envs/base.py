@@ -307,9 +307,14 @@ def family_class(name: str, where: str = "") -> type[Family]:
             raise UserError(
                 f"{where}environment '{name}': {module.__file__}: FAMILY: expected a class of omrl's Family"
             )
-        if missing := sorted(cls.__abstractmethods__):
+        missing = [x for x in ("name", "env_id", "CONFIG", "action_size", "varies", "returns") if not hasattr(cls, x)]
+        if missing := sorted(cls.__abstractmethods__) + missing:
             raise UserError(
                 f"{where}environment '{name}': {module.__file__}: {cls.__name__} lacks {', '.join(missing)}"
+            )
+        if not (isinstance(cls.CONFIG, type) and issubclass(cls.CONFIG, Config)):
+            raise UserError(
+                f"{where}environment '{name}': {module.__file__}: CONFIG: expected a class of omrl's Config"
             )
         _register(module)
     family: type[Family] = module.FAMILY
@@ -335,7 +340,8 @@ def _register(module: ModuleType) -> None:
     entry_point = f"{module.__name__}:ENV"
     taken = gymnasium.registry.get(module.FAMILY.env_id)
     if taken is None:
-        register(id=module.FAMILY.env_id, entry_point=entry_point, max_episode_steps=module.FAMILY.horizon)
+        horizon = getattr(module.FAMILY, "horizon", None)  # of the class, unless the configuration chooses
+        register(id=module.FAMILY.env_id, entry_point=entry_point, max_episode_steps=horizon)
     elif taken.entry_point != entry_point:
         raise UserError(f"{entry_point}: env_id '{module.FAMILY.env_id}' is taken by {taken.entry_point}")
 

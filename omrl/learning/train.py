@@ -201,8 +201,13 @@ def train(
     torch.set_num_threads(config.threads)
     set_kernels(config.matmul, algorithm.device.type)
     data = sampler.data if data is None else data
+    own = phases is None
     phases = algorithm.phases(config.steps) if phases is None else phases
     total = sum(phase.steps for phase in phases)
+    if own and total != config.steps:
+        raise UserError(
+            f"{type(algorithm).__name__}.phases({config.steps}) gives {total} steps: expected meta_train.steps in all"
+        )
     kept = set(snapshot_steps(total, config.keep))
     at = load_state(state, algorithm, sampler)
     saved = shown = at.step
@@ -215,7 +220,7 @@ def train(
             if at.step < last:
                 begin(algorithm, sampler, phase, data)
             for step in range(max(first, at.step) + 1, last + 1):
-                at.curve.add(algorithm.update(phase, sampler.draw(phase)))
+                at.curve.add(_scalars(algorithm, algorithm.update(phase, sampler.draw(phase))))
                 at.step = step
                 if step in kept:
                     at.snapshots[step] = {name: x.clone() for name, x in algorithm.model_state().items()}
@@ -232,6 +237,18 @@ def train(
                     saved = step
             first = last
     return at
+
+
+def _scalars(algorithm: Algorithm, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what ``update`` gave if it is what it shall give."""
+    name = f"{type(algorithm).__name__}.update"
+    if not isinstance(found, dict):
+        raise UserError(f"{name} returned {type(found).__name__}: expected a dict of name -> tensor with one number")
+    for key, value in found.items():
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            kind = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"{name} returned {kind} as {key}: expected a tensor with one number")
+    return found
 
 
 def _refuse_divergence(means: dict[str, float], step: int, description: str) -> None:

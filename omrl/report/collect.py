@@ -60,7 +60,8 @@ class Result:
 
     def __init__(self, folder: Path, revision: str | None = None) -> None:
         self.folder, self.revision = folder, revision
-        name = folder.resolve().name if folder.resolve().parent.name == "pipelines" else "default"
+        own = not (folder / "pipelines").is_dir()  # else it is the repository's default, in its root
+        name = folder.resolve().name if own else "default"
         self.name = name if revision is None else f"{name}@{revision}"
         self.frame = self._csv("reports/results.csv")
         params = self._parse("params.yaml", lambda text: yaml.load(text, Loader=Loader))

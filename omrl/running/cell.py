@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -26,6 +27,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # Dask gives its workers a threshold at which glibc returns memory after nearly every operation
 _MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
 
+_OURS = Path(child.__file__).resolve().parents[1]
 _running: dict[int, subprocess.Popen[bytes]] = {}
 _guard = threading.Lock()
 
@@ -99,7 +101,20 @@ def _message(text: str, log: Path) -> str:
     dvcs = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     if ours:
         return ours[-1]
-    return f"{dvcs[0] if dvcs else 'failed'}; its output is in {log}"
+    return f"{_raised(text) or (dvcs[0] if dvcs else 'failed')}; its output is in {log}"
+
+
+def _raised(text: str) -> str:
+    """Return the last exception that ``text`` shows and where: the deepest frame that is nobody's installed package."""
+    _, found, trace = text.rpartition("Traceback (most recent call last):\n")
+    frames = re.findall(r'^  File "(.+)", line (\d+), in (.+)$', trace, flags=re.M)
+    raised = re.search(r"^(?! )[\w.]+(?:: .*)?$", trace, flags=re.M)
+    if not (found and frames and raised):
+        return ""
+    packages = (str(_OURS), "site-packages", "<frozen")
+    own = [frame for frame in frames if not any(part in frame[0] for part in packages)]
+    path, line, name = (own or frames)[-1]
+    return f"{raised[0]} ({path}, line {line}, in {name})"
 
 
 def _once(folder: str, cell: str, env: dict[str, str], log: Path) -> tuple[int, bool]:

@@ -15,6 +15,7 @@ from pydantic import Field
 from omrl.algorithms.base import Algorithm, Belief
 from omrl.core import registry, seeding
 from omrl.core.config import Config
+from omrl.core.errors import UserError
 from omrl.data.taskdata import TaskData
 from omrl.envs.base import Array, BatchEnv, Family, StepResult
 from omrl.envs.simulate import Episodes, episodes
@@ -118,7 +119,7 @@ class Run:
             if before_step is not None:
                 now[0] = before_step(now[0], t)
             action = algorithm.act(now[0], torch.from_numpy(observation).to(algorithm.device), explore)
-            return action.cpu().numpy()
+            return checked_action(algorithm, action, (len(observation), self.family.action_size))
 
         def observe(observation: Array, action: Array, result: StepResult, alive: NDArray[np.bool_], t: int) -> None:
             signal = result.reward if self.data.inference == "dense" else result.sparse_reward
@@ -184,6 +185,19 @@ class Run:
                     **{name: x[place] if isinstance(x, np.ndarray | list) else x for name, x in more.items()},
                 }
             )
+
+
+def checked_action(algorithm: Algorithm, action: Any, shape: tuple[int, int]) -> Array:
+    """Return what ``act`` gave as an array, if it is what it shall give: finite numbers of that shape."""
+    name, expected = f"{type(algorithm).__name__}.act", f"expected a tensor of shape {list(shape)}"
+    if not isinstance(action, torch.Tensor):
+        raise UserError(f"{name} returned {type(action).__name__}: {expected}")
+    found = action.detach().cpu().numpy()
+    if found.shape != shape:
+        raise UserError(f"{name} returned a tensor of shape {list(found.shape)}: {expected}")
+    if not np.isfinite(found).all():
+        raise UserError(f"{name} returned a number that is not finite: {expected}, finite, on the scale of [-1, 1]")
+    return found
 
 
 def other_task(tasks: Sequence[dict[str, Any]]) -> NDArray[np.int64] | None:
