@@ -60,7 +60,6 @@ Known failures:
 * Returns of 0 on Sparse-Point-Robot in FOCAL's experiments, which leave it out there (appendix).
 * It needs as much phase 1 as a single-task method, for each task: with 80 tasks and a meta-batch of 16 a task is
   in about every fifth update.
-* ``bcq_steps`` at or above ``meta_train.steps`` leaves an untrained student.
 * The posterior is a product of as many Gaussians as there are rows, so its KL starts at hundreds, and ``kl_weight``
   0.1 of it outweighs a distillation loss of small values: within 100 updates every posterior is the prior, where the
   triplet loss has no gradient (``triplet_loss`` at the margin, ``z_rms`` near 1). On Point-Robot with 3,000 updates:
