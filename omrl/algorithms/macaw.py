@@ -125,7 +125,7 @@ class InnerConfig(Config):
     Attributes:
         steps: inner steps per task; the inner rows are cut into as many equal parts.
         inner_batch, outer_batch: rows per task.
-        inner_value_rate, inner_policy_rate: initial step sizes.
+        inner_value_rate, inner_policy_rate: r of the initial step size log(1 + r), as in the released code.
         learn_rates: learn the step sizes.
         rate_rate: Adam, for step sizes and coefficient.
     """
@@ -225,7 +225,7 @@ class Regression(Algorithm):
         self._shapes = [*hidden, (config.width, spec.action)], [*hidden, (config.width, 1)]
 
     def network(self, shapes: Sequence[tuple[int, int]], rate: float, learned: bool) -> Adaptive:
-        """Return an untrained network with the initial step size ``rate``, learned or not."""
+        """Return an untrained network with the initial step size log(1 + ``rate``), learned or not."""
         config = self.settings
         network = Adaptive(shapes, config.layers, config.latent_dim, rate, self.generator).to(self.device)
         for rates in network.rates():

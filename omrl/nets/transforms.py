@@ -52,7 +52,8 @@ class Layer(nn.Module):
         inputs, outputs: widths.
         kind: how theta comes about.
         latent: c of a weight transform.
-        rate: initial step size of every tensor.
+        rate: r; rho starts at log(r), so that the first step size of every tensor is log(1 + r), as in the released
+            code: 0.0009995 for 1e-3.
         generator: source of the initial weights: H and h of a weight transform uniform within 1/sqrt(c), W and b
             within 1/sqrt(inputs), H of a bias transform normal with variance 1/outputs (Xavier), and z normal with
             standard deviation 1/outputs, all as in the released code.
