@@ -202,8 +202,9 @@ def test_start_values():
     bias = create("macaw", {"layers": "bias"}, Spec(20, 6, False), 0, "cpu")
     assert isinstance(bias, Macaw)
     assert [sum(len(x.tensors) for x in net.layers) for net in (bias.value, bias.policy)] == [16, 24]
-    fixed = make(learn_coefficient=False, coefficient=0.01)
-    assert float(fixed.coefficient()) == pytest.approx(0.01, rel=1e-5)
+    for start in (0.01, 1000.0):
+        fixed = make(learn_coefficient=False, coefficient=start)
+        assert float(fixed.coefficient()) == pytest.approx(start, rel=1e-5)
 
 
 def test_log_likelihood_of_one_dimension():

@@ -372,7 +372,7 @@ class Coefficient(nn.Module):
 
     def __init__(self, start: float, learned: bool) -> None:
         super().__init__()
-        kappa = math.log(start) if learned else math.log(math.expm1(start))
+        kappa = math.log(start) if learned else start + math.log(-math.expm1(-start))  # softplus^-1, no overflow
         self.kappa = nn.Parameter(torch.tensor(kappa), requires_grad=learned)
 
     def forward(self) -> Tensor:
