@@ -175,6 +175,9 @@ def test_arms_have_no_parts_that_they_do_not_use():
 def test_a_wrong_value_is_refused_by_name(values, key):
     with pytest.raises(UserError, match=key):
         focalpp(**values)
+    if key == "heads":  # without self-attention there are none
+        for attention in ("batch", "none"):
+            focalpp(**values, attention=attention)
 
 
 # --- golden numbers ----------------------------------------------------------------------------------------------

@@ -46,6 +46,9 @@ from omrl.nets.experience import Experience
 class FocalppConfig(FocalConfig):
     """FOCAL++'s hyperparameters, beside FOCAL's (``encoder_width`` and ``encoder_depth``: without attention).
 
+    Of FOCAL's, ``probabilistic_metric``, ``kl_weight`` and ``prior_std`` have no effect, and ``metric_*`` none with
+    ``loss: contrastive``.
+
     Attributes:
         attention: ``both`` in parallel, ``batch`` or ``sequence`` alone, or ``none``.
         gate: the batch-wise gates weigh transitions in the mean over the context (``weights``, Def. 3.7), or scale
@@ -53,7 +56,7 @@ class FocalppConfig(FocalConfig):
         loss: ``contrastive`` (Eq. 8) or FOCAL's ``metric``.
         tokens: what sequence-wise attention runs over, see ``AttentionEncoder``.
         hidden: width of a token.
-        blocks, heads: of the attention.
+        blocks, heads: of the attention; there are heads with ``both`` and ``sequence`` alone.
         reduction: hidden / reduction units in the gate's bottleneck.
         temperature: of the contrast.
         momentum: m of the key encoder: key <- m key + (1 - m) query.
@@ -79,7 +82,7 @@ class FocalppConfig(FocalConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> FocalppConfig:
-        if self.hidden % self.heads:
+        if self.attention in ("both", "sequence") and self.hidden % self.heads:
             raise ValueError(f"hidden = {self.hidden} and heads = {self.heads}; expected hidden a multiple of heads")
         if self.encoder != "deterministic" or self.coupled:
             raise ValueError("encoder and coupled are FOCAL's; expected encoder: deterministic and coupled: false")
