@@ -136,6 +136,7 @@ def test_the_cells_are_those_of_the_graph():
         ("online/on", {"algorithm": "focal", "label": "decoded"}, r"online\.on\.label = decoded: 'focal' has no decod"),
         ("online/on", {"algorithm": "focal", "episodes": 1}, r"online\.on: prior_episodes = 2: expected at most epis"),
         ("online/on", {"algorithm": "focal", "prior_episodes": 0}, r"posterior = own with prior_episodes = 0"),
+        ("online/on", {"algorithm": "focal", "explore": "mean", "resample": "step"}, r"resample = step with explore ="),
         ("meta_train/steps", 0, r"meta_train\.steps = 0: expected greater than or equal to 1"),
         ("seeds", [], r"seeds = \[\]: expected"),
         ("seeds", [0, 0], r"seeds = \[0, 0\]: expected each seed once"),

@@ -70,7 +70,7 @@ class OnlineConfig(Config):
         tasks: which tasks it acts in and learns from: ``train``, or ``test`` for fine-tuning on unseen ones.
         label: rewards of the collected rows: the ``simulator``'s, or ``decoded`` by the method, which then sees none.
         explore: ``sample`` draws beliefs and actions, ``mean`` follows the mean of both.
-        resample: draw a belief per ``episode`` (PEARL) or per ``step`` (SMAC).
+        resample: draw a belief per ``episode`` (PEARL) or per ``step`` (SMAC), with ``explore: sample``.
         posterior: of the later episodes: from the agent's ``own`` steps of this round, or from an ``offline`` context.
         context: where training contexts come from: ``offline`` data alone, or ``all`` rows.
         context_size: transitions behind an offline context.
@@ -92,7 +92,7 @@ class OnlineConfig(Config):
     keep: Annotated[int, Field(ge=0, le=1000)] = 0
 
     @model_validator(mode="after")
-    def _episodes_fit(self) -> OnlineConfig:
+    def _fits(self) -> OnlineConfig:
         if self.prior_episodes > self.episodes:
             raise ValueError(
                 f"prior_episodes = {self.prior_episodes}: expected at most episodes = {self.episodes}, of which they "
@@ -100,6 +100,8 @@ class OnlineConfig(Config):
             )
         if self.posterior == "own" and not self.prior_episodes:
             raise ValueError("posterior = own with prior_episodes = 0: nothing to adapt to; expected 1 or more")
+        if self.explore == "mean" and self.resample == "step":
+            raise ValueError("resample = step with explore = mean: nothing is drawn; expected resample: episode")
         return self
 
 
