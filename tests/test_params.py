@@ -131,6 +131,7 @@ def test_the_cells_are_those_of_the_graph():
         ("algorithms/focal", {"laten_dim": 5}, r"algorithms\.focal\.laten_dim: unknown key; did you mean"),
         ("algorithms/mbml", {"tasks": 99, "bcq_steps": 0}, r"algorithms\.mbml\.tasks = 99: expected tasks\.train = \d"),
         ("algorithms/m", {"algorithm": "mbml", "tasks": 20, "bcq_steps": 10**9}, r"\.m\.bcq_steps = 10+: expected"),
+        ("algorithms/borel", {}, r"algorithms\.borel\.vae_steps = 5000: expected below meta_train\.steps = \d+, the rest"),
         ("online/focal", {"algorithm": "focal"}, r"online\.focal: the name is taken by algorithms\.focal"),
         ("online/on", {"algorithm": "fokal"}, r"online\.on\.algorithm = 'fokal': not one of algorithms; did you mean"),
         ("online/on", {"algorithm": "focal", "label": "decoded"}, r"online\.on\.label = decoded: 'focal' has no decod"),

@@ -192,6 +192,13 @@ class Borel(Algorithm):
 
     # --- training ----------------------------------------------------------------------------------------------
 
+    @classmethod
+    def check(cls, config: BorelConfig, spec: Spec, steps: int) -> str | None:
+        """Return what does not fit: no steps left for the policy."""
+        if config.vae_steps < steps:
+            return None
+        return f"vae_steps = {config.vae_steps}: expected below meta_train.steps = {steps}, the rest is the policy's"
+
     def columns(self, data: TaskData) -> Mapping[str, NDArray[np.float32]]:
         """Return the data's next actions where the regularizer of the target needs them."""
         return {"next_action": data.next_actions()} if self.settings.regularization.next_actions else {}
