@@ -164,6 +164,21 @@ def test_two_cells_of_one_name_are_refused(tmp_path):
         params.check(tmp_path / "params.yaml")
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "values", "message"),
+    [
+        ({"algorithm": "mt-ft"}, {"posterior": "offline", "tasks": "test"}, r"tasks = test: mt-ft has codes of the tr"),
+    ],
+)
+def test_learning_on_that_a_method_cannot_do_is_refused(algorithm, values, message, tmp_path):
+    given = yaml.safe_load((ROOT / "params.yaml").read_text())
+    given["algorithms"], given["online"] = {"mine": algorithm}, {"on": {"algorithm": "mine"} | values}
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(given))
+    with pytest.raises(UserError, match=r"online\.on\." + message):
+        params.check(file)
+
+
 def test_a_missing_section_is_named(edit):
     with pytest.raises(UserError, match=r"params\.yaml: dataset: missing"):
         edit("dataset", None, remove=True)

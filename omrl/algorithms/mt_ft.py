@@ -84,6 +84,11 @@ class MtFt(Regression):
             "policy": adam(self.policy.weights(), config.policy_rate),
         }
 
+    @classmethod
+    def check_online(cls, tasks: str) -> str | None:
+        """Refuse other tasks than those that it has a code of."""
+        return None if tasks == "train" else f"tasks = {tasks}: mt-ft has codes of the training tasks; expected train"
+
     def phases(self, steps: int) -> list[Phase]:
         """Return one phase: rows of the drawn tasks."""
         config = self.settings
