@@ -529,6 +529,21 @@ def _check_algorithms(x: Experiment) -> None:
                 f"{x.path}: evaluate.protocol = '{x.evaluate.protocol}': algorithm '{name}' cannot serve it; it serves "
                 f"{served}"
             )
+        least = module.ALGORITHM.least_context(config)
+        for key, size in _context_sizes(x, name).items():
+            if size < least:
+                raise UserError(
+                    f"{x.path}: {key} = {size}: expected {least} or more, the fewest that algorithm '{name}' adapts to"
+                )
+
+
+def _context_sizes(x: Experiment, algorithm: str) -> dict[str, int]:
+    """Return key -> transitions of the smallest offline context that it lets an algorithm adapt to."""
+    given = x.evaluate.resolved() | x.protocol.resolved()
+    keys = ("embedding_context", "context_per_episode", "context")
+    offline = {n: e for n, e in x.online.items() if e.algorithm == algorithm and e.posterior == "offline"}
+    sizes = {f"evaluate.{key}": given[key] for key in keys if isinstance(given.get(key), int)}
+    return sizes | {f"online.{name}.context_size": entry.context_size for name, entry in offline.items()}
 
 
 def _check_plugins(x: Experiment) -> None:

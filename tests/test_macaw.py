@@ -355,6 +355,19 @@ def test_a_wrong_value_is_refused_by_name(values):
         make(**values)
 
 
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.filterwarnings("ignore:std")
+def test_the_least_context_is_the_fewest_rows_that_adapt(name):
+    algorithm = make(name, **({} if name == "mt-ft" else {"steps": 3}))
+    least = algorithm.least_context(algorithm.config)
+    assert bool(algorithm.adapt(algorithm.prior(3), batch(n=least))["policy"].isfinite().all())
+    if name == "mt-ft":  # one row has no standard deviation
+        assert not algorithm.adapt(algorithm.prior(3), batch(n=least - 1))["policy"].isfinite().all()
+        return
+    with pytest.raises(ValueError, match="5 rows for 3 inner steps"):
+        algorithm.adapt(algorithm.prior(3), batch(n=least - 1))
+
+
 def test_rows_without_the_columns_are_refused():
     bare = Experience(**{**vars(batch()), "extra": {}})
     with pytest.raises(ValueError, match="return_to_go"):

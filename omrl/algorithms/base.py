@@ -143,6 +143,11 @@ class Algorithm(abc.ABC):
         return None
 
     @classmethod
+    def least_context(cls, config: Any) -> int:
+        """Return the fewest transitions that ``adapt`` takes."""
+        return 1
+
+    @classmethod
     def check_online(cls, tasks: str) -> str | None:
         """Return why the method cannot learn on with the ``train`` or ``test`` tasks, 'tasks = ...'; None if it can."""
         return None

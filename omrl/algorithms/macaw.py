@@ -232,6 +232,11 @@ class Regression(Algorithm):
             rates.requires_grad_(learned)
         return network
 
+    @classmethod
+    def least_context(cls, config: Any) -> int:
+        """Return two rows, which have a standard deviation, for every inner step."""
+        return 2 * getattr(config, "steps", 1)
+
     # --- losses --------------------------------------------------------------------------------------------------
 
     def columns(self, data: TaskData) -> Mapping[str, NDArray[np.float32]]:
