@@ -523,6 +523,8 @@ def _check_algorithms(x: Experiment) -> None:
         config = parse(module.CONFIG, entry.overrides, f"{x.path}: algorithms.{name}")
         if wrong := module.ALGORITHM.check(config, spec_of(x.family, x.tasks.train), x.meta_train.steps):
             raise UserError(f"{x.path}: algorithms.{name}.{wrong}")
+        if x.pairs.keys() & x.dataset.train and (wrong := module.ALGORITHM.check_pair(config)):
+            raise UserError(f"{x.path}: algorithms.{name}.{wrong}")
         if x.evaluate.protocol not in module.ALGORITHM.PROTOCOLS:
             served = ", ".join(sorted(module.ALGORITHM.PROTOCOLS))
             raise UserError(

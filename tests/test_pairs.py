@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from test_training import SIZES, SMALL, make_pipeline, settings
 
 from omrl.core.errors import UserError
 from omrl.core.files import read_manifest, write_json, write_manifest
 from omrl.data.pairs import PairConfig, build_pair, sources
+from omrl.experiment import check
 from omrl.learning.train import build_model
 
 CODE = Path("data/code/stages/pair.json")
@@ -52,6 +54,21 @@ def test_a_missing_member_is_named(pair):
     with pytest.raises(UserError, match="data/datasets/nothing"):
         build_pair("x", PairConfig(transitions="expert", context="nothing"), [CODE], Path("data/datasets/x"))
     assert not Path("data/datasets/x").exists()
+
+
+def test_a_method_that_never_draws_contexts_is_refused_a_pair(tmp_path):
+    values = yaml.safe_load((Path(__file__).parents[1] / "pipelines/smoke/params.yaml").read_text())
+    values["algorithms"], values["pairs"] = {"focal": {}}, {"crossed": {"transitions": "expert", "context": "mixed"}}
+    for own_context in (False, True):
+        values["algorithms"]["focal"]["context_is_rl_batch"] = own_context
+        for train in ("expert", "crossed"):
+            values["dataset"]["train"] = [train]
+            (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+            if not (own_context and train == "crossed"):
+                assert f"meta_train@focal-{train}-0" in check(tmp_path / "params.yaml")
+                continue
+            with pytest.raises(UserError, match=r"algorithms\.focal\.context_is_rl_batch = True: expected False where"):
+                check(tmp_path / "params.yaml")
 
 
 def test_contexts_come_from_the_second_and_transitions_from_the_first(pair):

@@ -148,6 +148,11 @@ class Algorithm(abc.ABC):
         return 1
 
     @classmethod
+    def check_pair(cls, config: Any) -> str | None:
+        """Return what in ``config`` does not fit a dataset pair, as ``check`` does; None if all fits."""
+        return None
+
+    @classmethod
     def check_online(cls, tasks: str) -> str | None:
         """Return why the method cannot learn on with the ``train`` or ``test`` tasks, 'tasks = ...'; None if it can."""
         return None

@@ -163,6 +163,13 @@ class Focal(ContextAlgorithm):
         )
         self.encoder_optimizer = adam(self.encoder.parameters(), config.encoder_rate)
 
+    @classmethod
+    def check_pair(cls, config: FocalConfig) -> str | None:
+        """Refuse to read contexts off the transitions: the pair's own would have no part in training."""
+        if config.context_is_rl_batch:
+            return "context_is_rl_batch = True: expected False where dataset.train has a pair, whose context it ignores"
+        return None
+
     def draws(self) -> dict[str, Draw]:
         """Return what an update draws: rows to learn from, a bag for the encoder, more rows for the discriminator."""
         config = self.settings
