@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from omrl.algorithms.base import load_model
 from omrl.core.config import parse
 from omrl.core.errors import UserError
 from omrl.core.files import read_json, write_json, write_manifest
@@ -166,6 +167,17 @@ def test_a_model_goes_on_from_its_optimizers_where_they_were_kept(tmp_path, monk
         make_folder("pearl", SMALL, optimizers=kept)
         models.append(load_file(learn(rounds=1, explore="mean") / "model.safetensors"))
     assert not torch.equal(models[0]["actor_critic.q.weights.0"], models[1]["actor_critic.q.weights.0"])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_no_random_stream_is_drawn_from_twice(tmp_path, monkeypatch, kept):
+    monkeypatch.chdir(tmp_path)
+    make_folder("pearl", SMALL, optimizers=kept)
+    folder = Path("data/models/mine/expert/0")
+    loaded = [load_model(folder, "cpu"), *(online.load_for_training(folder, "cpu", seed) for seed in (1, 2))]
+    of_training, one, two = (model.generators()["noise"].get_state() for model in loaded)
+    assert not torch.equal(one, of_training)
+    assert torch.equal(one, two) == kept  # it goes on, or begins at the seed
 
 
 def test_unseen_tasks_can_be_learned_on(pearl):

@@ -291,8 +291,11 @@ def learn_on(
     return at
 
 
-def load_for_training(folder: Path, device: str) -> Algorithm:
-    """Return a model with its optimizers' state, where ``meta_train.optimizers`` published it; else with fresh ones.
+def load_for_training(folder: Path, device: str, seed: int) -> Algorithm:
+    """Return a model with the state of its optimizers and random streams, where ``meta_train.optimizers`` published it.
+
+    Else the optimizers are fresh, and the streams begin at ``seed``: at the model's own they would repeat what
+    meta-training drew.
 
     Raises:
         UserError: a file is missing, damaged, or not of the configuration beside it.
@@ -302,6 +305,8 @@ def load_for_training(folder: Path, device: str) -> Algorithm:
         names.append(TRAINING)
     path = verified(folder, names)[-1]
     algorithm = load_model(folder, device)
+    for name, stream in algorithm.generators().items():
+        stream.manual_seed(seeding.integer(seed, "stream", name))
     if path.name == TRAINING:
         try:
             algorithm.load_training_state(load_file(path))
@@ -358,11 +363,11 @@ def build_online(
                 continue
             place.mkdir(parents=True, exist_ok=True)
             model = layout.models(config.algorithm, train_, seed)
-            algorithm = load_for_training(model, training.device)
+            own_seed = seeding.integer(seed, "online")
+            algorithm = load_for_training(model, training.device, own_seed)
             offline = load_data(
                 used[train_], [t["index"] for t in tasks], family.inference_reward, training.time_limit_terminal
             )
-            own_seed = seeding.integer(seed, "online")
             done = learn_on(
                 algorithm, family, tasks, offline, config, training, place, own_seed, f"{name} on {train_}, seed {seed}"
             )
