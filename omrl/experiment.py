@@ -609,6 +609,10 @@ def _check_online(x: Experiment) -> None:
                 f"{key}.label = decoded: inference sees the sparse reward of '{x.env}' and the decoder tells the dense "
                 "one; expected simulator, or a family with one reward for both"
             )
+        if entry.posterior == "own" and "online-prior" not in module.ALGORITHM.PROTOCOLS:
+            raise UserError(
+                f"{key}.posterior = own: '{file}' cannot adapt to the agent's own episodes; expected offline"
+            )
         if wrong := module.ALGORITHM.check_online(entry.tasks):
             raise UserError(f"{key}.{wrong}")
 

@@ -23,6 +23,7 @@ from omrl.evaluation.evaluate import EvaluateConfig, build_evaluation
 from omrl.evaluation.protocols.base import protocol
 from omrl.learning import online, train
 from omrl.learning.online import OnlineConfig, build_online
+from omrl.nets.experience import Experience
 from omrl.provenance.lineage import _collected
 
 FAMILY = load_family("point-robot")
@@ -178,6 +179,35 @@ def test_no_random_stream_is_drawn_from_twice(tmp_path, monkeypatch, kept):
     of_training, one, two = (model.generators()["noise"].get_state() for model in loaded)
     assert not torch.equal(one, of_training)
     assert torch.equal(one, two) == kept  # it goes on, or begins at the seed
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("macaw", {"width": 8, "latent_dim": 4, "meta_batch": 2, "inner_batch": 8, "outer_batch": 8}),
+     ("prompt-dt", {"width": 8, "meta_batch": 2, "rl_batch": 4, "prompt_from": "window"})],
+)  # fmt: skip
+def test_an_offline_context_comes_with_the_methods_columns(name, values, tmp_path, monkeypatch):
+    """MACAW regresses on returns to go; a window of Prompt-DT's prompt has those of the episode it is cut from."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(name, values | {"depth": 1})
+    model = load_model("data/models/mine/expert/0", "cpu")
+    seen, real = [], type(model).adapt
+
+    def spy(self: Any, belief: Any, context: Experience) -> Any:
+        seen.append(context)
+        return real(self, belief, context)
+
+    monkeypatch.setattr(type(model), "adapt", spy)
+    learn(rounds=1, posterior="offline")
+    assert len(seen) == ONLINE["episodes"] - ONLINE["prior_episodes"]
+    data = TaskData.load("data/datasets/expert", [0, 1], "dense")
+    for context in seen:
+        for place in (0, 1):
+            drawn = context.observation[place].reshape(-1, 2).numpy()
+            rows = [int(np.flatnonzero((data.observation[place] == s).all(1))[0]) for s in drawn]
+            for key, column in model.columns(data).items():
+                found = context.extra[key][place].numpy().reshape(len(rows), *column.shape[2:])
+                np.testing.assert_array_equal(found, column[place, rows])
 
 
 def test_unseen_tasks_can_be_learned_on(pearl):

@@ -131,8 +131,8 @@ def test_the_cells_are_those_of_the_graph():
         ("algorithms/focal", {"laten_dim": 5}, r"algorithms\.focal\.laten_dim: unknown key; did you mean"),
         ("algorithms/mbml", {"tasks": 99, "bcq_steps": 0}, r"algorithms\.mbml\.tasks = 99: expected tasks\.train = \d"),
         ("algorithms/m", {"algorithm": "mbml", "tasks": 20, "bcq_steps": 10**9}, r"\.m\.bcq_steps = 10+: expected"),
-        ("algorithms/borel", {}, r"algorithms\.borel\.vae_steps = 5000: expected below meta_train\.steps = \d+, the rest"),
-        ("algorithms/macaw", {"steps": 11, "inner_batch": 22}, r"evaluate\.context_per_episode = \d+: expected 22 or m"),
+        ("algorithms/borel", {}, r"borel\.vae_steps = 5000: expected below meta_train\.steps = \d+, the rest"),
+        ("algorithms/macaw", {"steps": 11, "inner_batch": 22}, r"evaluate\.context_per_episode = \d+: expected 22 or "),
         ("online/focal", {"algorithm": "focal"}, r"online\.focal: the name is taken by algorithms\.focal"),
         ("online/on", {"algorithm": "fokal"}, r"online\.on\.algorithm = 'fokal': not one of algorithms; did you mean"),
         ("online/on", {"algorithm": "focal", "label": "decoded"}, r"online\.on\.label = decoded: 'focal' has no decod"),
@@ -169,6 +169,16 @@ def test_two_cells_of_one_name_are_refused(tmp_path):
     ("algorithm", "values", "message"),
     [
         ({"algorithm": "mt-ft"}, {"posterior": "offline", "tasks": "test"}, r"tasks = test: mt-ft has codes of the tr"),
+        (
+            {"algorithm": "mt-ft"},
+            {},
+            r"posterior = own: 'mt-ft' cannot adapt to the agent's own episodes; expected offl",
+        ),
+        (
+            {"algorithm": "macaw"},
+            {},
+            r"posterior = own: 'macaw' cannot adapt to the agent's own episodes; expected offl",
+        ),
         ({"algorithm": "mt-ft"}, {"posterior": "offline", "context_size": 1}, r"context_size = 1: expected 2 or more"),
     ],
 )

@@ -71,7 +71,8 @@ class OnlineConfig(Config):
         label: rewards of the collected rows: the ``simulator``'s, or ``decoded`` by the method, which then sees none.
         explore: ``sample`` draws beliefs and actions, ``mean`` follows the mean of both.
         resample: draw a belief per ``episode`` (PEARL) or per ``step`` (SMAC), with ``explore: sample``.
-        posterior: of the later episodes: from the agent's ``own`` steps of this round, or from an ``offline`` context.
+        posterior: of the later episodes: from the agent's ``own`` steps of this round, where the method serves
+            ``online-prior``, or from an ``offline`` context.
         context: where training contexts come from: ``offline`` data alone, or ``all`` rows.
         context_size: transitions behind an offline context.
         keep: snapshots along the way, evenly spaced over the rounds.
@@ -247,7 +248,8 @@ def learn_on(
     kept = set(snapshot_steps(config.rounds, config.keep))
     context = offline.get("context", offline["transitions"])
     indices, rows = [t["index"] for t in tasks], config.episodes * family.horizon
-    run = Run(algorithm, family, context, tasks, config, ("online",), seed)
+    seen = context.with_columns(algorithm.columns(context))
+    run = Run(algorithm, family, seen, tasks, config, ("online",), seed)
     once = training.model_copy(update={"keep": 0})
     about = {
         "environment": family.spec(),
