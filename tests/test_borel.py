@@ -16,6 +16,7 @@ from omrl.core.config import parse
 from omrl.core.errors import UserError
 from omrl.data.taskdata import TaskData
 from omrl.envs.base import load_family
+from omrl.evaluation.contexts import offline_context, transitions_of
 from omrl.evaluation.protocols import online_belief
 from omrl.evaluation.protocols.base import Run
 from omrl.learning.sampler import Sampler
@@ -271,6 +272,12 @@ def test_observing_steps_is_adapting_to_the_episode():
     half = algorithm.adapt(algorithm.prior(2), whole.part(0, 1))
     torch.testing.assert_close(belief, algorithm.adapt(half, whole.part(1, 2)))  # it goes on from what it knew
     assert join_beliefs([map_belief(lambda x, i=i: x[i : i + 1], belief) for i in range(2)]).equal(belief)
+
+
+def test_a_context_has_about_as_many_steps_as_asked_for_however_long_the_datas_episodes_are():
+    for lengths, asked in ((HORIZON, 100), (4 * HORIZON, 100), (4 * HORIZON, 1)):
+        context = offline_context(make(), data(lengths=lengths), asked, [np.random.default_rng(i) for i in range(2)])
+        assert transitions_of(context) == [max(asked, lengths)] * 2
 
 
 # --- the protocol ------------------------------------------------------------------------------------------------

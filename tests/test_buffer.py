@@ -228,9 +228,10 @@ def test_single_rows_are_episodes_of_their_own():
 def test_windows_and_episodes_are_drawn_whole(folder, inference):
     data = TaskData.load(folder, [0, 1, 12], inference)
     sampler = Sampler(data, 3, torch.device("cpu"))
-    draws = {"w": Draw(7, "window", 5), "e": Draw(4, "episode"), "part": Draw(4, "episode", 6, "context")}
+    draws = {"w": Draw(7, "window", 5), "e": Draw(4, "episode"), "part": Draw(4, "episode", 6, "context"),
+             "last": Draw(4, "episode", -6), "steps": Draw(50, "episode", by_step=True)}  # fmt: skip
     batch = sampler.draw(Phase("training", 1, 2, draws, replace=False))
-    assert [tuple(batch[name].shape) for name in draws] == [(2, 7, 5), (2, 4, 20), (2, 4, 6)]
+    assert [tuple(batch[name].shape) for name in draws] == [(2, 7, 5), (2, 4, 20), (2, 4, 6), (2, 4, 6), (2, 2, 20)]
     for drawn in batch.values():
         assert sorted(drawn.task.tolist()) == sorted(set(drawn.task.tolist()))  # no task twice
         assert drawn.valid is not None
@@ -244,6 +245,7 @@ def test_windows_and_episodes_are_drawn_whole(folder, inference):
                 assert step[:length].tolist() == data.step[task][first : first + length].tolist()
     assert bool(batch["e"].valid.all())
     assert int(batch["part"].step[..., 0].max()) == 0
+    assert int(batch["last"].step[..., -1].min()) == 19
     expected = batch["e"].reward if inference == "dense" else None
     assert (expected is not None) == torch.equal(batch["e"].signal, batch["e"].reward)
 

@@ -329,6 +329,9 @@ def test_a_method_serves_its_protocols_the_same_each_time(name, chosen, world):
         assert row["split"] == ("train" if row["task"] < 2 else "test")
         assert np.isfinite([row["return"], row["normalized"], row["dense_return"], row["sparse_return"]]).all()
         assert row["context_transitions"] >= 0
+    if chosen == "offline-context":  # a prompt of one segment, then two; else 20 transitions, then 40
+        shown = [row["context_transitions"] for row in run.rows if row["task"] == 3]
+        assert shown == ([3, 6] if name == "prompt-dt" else [20, 40])
     again, other = evaluated(name, chosen, world)
     assert repr(again.rows) == repr(run.rows)  # NaN equals NaN in print alone
     np.testing.assert_array_equal(last.action, other.action)

@@ -74,14 +74,20 @@ class Draw:
         rows: how many rows, windows or episodes, drawn uniformly with replacement.
         unit: ``row``; ``window``, ``length`` successive steps of one episode from a uniformly drawn step on;
             ``episode``, whole.
-        length: steps of a window; longest part of an episode that is taken, 0 for all of it.
+        length: steps of a window; longest part of an episode that is taken, its last steps where negative, 0 for all.
         source: from the ``transitions`` dataset or the ``context`` dataset, which differ in dataset pairs only.
+        by_step: of episodes: ``rows`` counts their steps, and as many are drawn as have about so many.
     """
 
     rows: int
     unit: Literal["row", "window", "episode"] = "row"
     length: int = 0
     source: Literal["transitions", "context"] = "transitions"
+    by_step: bool = False
+
+    def count(self, steps: float) -> int:
+        """Return how many rows, windows or episodes are drawn where an episode has ``steps`` steps on average."""
+        return max(1, int(self.rows / steps)) if self.by_step else self.rows
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ class Borel(Algorithm):
 
     def context_draw(self, transitions: int) -> Draw:
         """Return whole episodes, about as many transitions."""
-        return Draw(max(1, transitions // self.spec.horizon), "episode")
+        return Draw(transitions, "episode", by_step=True)
 
     def update(self, phase: Phase, batch: Mapping[str, Experience]) -> dict[str, Tensor]:
         """Take one gradient step of the VAE, or of actor and critic."""

@@ -204,7 +204,7 @@ class PromptDt(Algorithm):
     def _segments(self, count: int) -> Draw:
         if self.settings.prompt_from == "window":
             return Draw(count, "window", self.settings.prompt_length, source="context")
-        return Draw(count, "episode", source="context")
+        return Draw(count, "episode", -self.settings.prompt_length, source="context")
 
     def context_draw(self, transitions: int) -> Draw:
         """Return the draw of a prompt, whatever the number of transitions: a prompt is short."""

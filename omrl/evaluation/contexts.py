@@ -27,10 +27,13 @@ def draw_rows(
         end = data.end[place][first]
     else:
         known = data.episodes(place)
-        chosen = known[rng.integers(len(known), size=draw.rows)]
+        begun = int((data.start == np.arange(data.rows)).sum())  # episodes of all tasks, which draw equally many
+        chosen = known[rng.integers(len(known), size=draw.count(data.start.size / begun))]
         first, end = chosen[:, 0], chosen[:, 1]
         longest = int((data.end - data.start).max())
-        length = min(draw.length or longest, longest)
+        length = min(abs(draw.length) or longest, longest)
+        if draw.length < 0:
+            first = np.maximum(first, end - length)
     index = first[:, None] + np.arange(length)
     return np.minimum(index, end[:, None] - 1), index < end[:, None]
 
@@ -51,6 +54,12 @@ def offline_context(
     """Return a context of about so many transitions of every task, drawn as the method asks for it."""
     draw = algorithm.context_draw(transitions)
     return gather(data, [draw_rows(data, i, draw, rng) for i, rng in enumerate(rngs)], algorithm.device)
+
+
+def transitions_of(context: Experience) -> list[int]:
+    """Return the transitions of every task's context; padding is none."""
+    tasks, n = context.shape[:2]
+    return [n] * tasks if context.valid is None else context.valid.flatten(1).sum(1).long().tolist()
 
 
 def offline_belief(

@@ -29,6 +29,7 @@ class _Table:
     first: Tensor  # of every episode, in rows of the whole table
     counts: Tensor  # episodes before those of each task, [tasks + 1]
     longest: int
+    mean: float  # steps of an episode
 
 
 def _table(data: TaskData, device: torch.device) -> _Table:
@@ -53,6 +54,7 @@ def _table(data: TaskData, device: torch.device) -> _Table:
         torch.from_numpy(np.concatenate(first)).to(device),
         torch.from_numpy(np.cumsum([0, *map(len, first)])).to(device),
         int((data.end - data.start).max()),
+        tasks * rows / sum(map(len, first)),
     )
 
 
@@ -114,10 +116,13 @@ class Sampler:
         rows = table.data.rows
         if draw.unit == "episode":
             count = table.counts[tasks + 1] - table.counts[tasks]
-            share = torch.rand((len(tasks), draw.rows), generator=self.generator, device=self._device)
+            drawn = draw.count(table.mean)
+            share = torch.rand((len(tasks), drawn), generator=self.generator, device=self._device)
             place = (share * count[:, None]).long().clamp_(max=count[:, None] - 1)
             first = table.first[table.counts[tasks][:, None] + place]
-            length = min(draw.length or table.longest, table.longest)
+            length = min(abs(draw.length) or table.longest, table.longest)
+            if draw.length < 0:
+                first = torch.maximum(first, table.end[first] - length)
         else:
             first = tasks[:, None] * rows + self._integers(rows, (len(tasks), draw.rows))
             if draw.unit == "row":

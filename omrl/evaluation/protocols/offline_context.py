@@ -19,7 +19,7 @@ from pydantic import Field
 
 from omrl.algorithms.base import map_belief
 from omrl.envs.simulate import Episodes
-from omrl.evaluation.contexts import offline_context
+from omrl.evaluation.contexts import offline_context, transitions_of
 from omrl.evaluation.protocols.base import ProtocolConfig, Run, other_task
 from omrl.nets.experience import Experience
 
@@ -28,7 +28,8 @@ class OfflineConfig(ProtocolConfig):
     """The keys of an offline protocol.
 
     Attributes:
-        context_per_episode: transitions appended before each episode.
+        context_per_episode: transitions appended before each episode; of a method that reads whole episodes about so
+            many, of one with a prompt none. The table has those that were shown.
         wrong_context: also run the counted episode with another task's context.
     """
 
@@ -64,7 +65,7 @@ def run_offline(run: Run, context_of: Callable[[int, list[np.random.Generator]],
                 moved = map_belief(lambda x, index=index: x[index], belief)
                 wrong = run.episode(moved, run.streams(repetition, "wrong"))[0].returns(run.family.returns == "sparse")
             last, _ = run.episode(belief, run.streams(repetition, "starts", str(episode)))
-            run.add(repetition, episode, [size] * len(rngs), last, counted, wrong)
+            run.add(repetition, episode, transitions_of(context), last, counted, wrong)
     if last is None:
         raise ValueError("no episode")
     return last

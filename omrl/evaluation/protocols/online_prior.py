@@ -12,8 +12,9 @@ collected so far. Which prior, ``prior`` says:
 With ``resample: step`` the belief is drawn anew before every step of the exploration, instead of once per episode.
 Later episodes follow the belief itself, or, where the method has a posterior, draws from it (``posterior``).
 
-Beside every counted episode stands one of the same policy that is told the task by as many offline transitions
-(``offline_context_return``): a method that suffers from the shift between the two is better there.
+Beside every counted episode stands one of the same policy that is told the task by about as many offline transitions
+(``offline_context_return``; Prompt-DT by a prompt): a method that suffers from the shift between the two is better
+there.
 """
 
 from __future__ import annotations
