@@ -156,6 +156,9 @@ def test_softplus_is_a_variance_or_a_standard_deviation():
     with torch.no_grad():
         (_, variance), (_, squared) = algorithm.posterior(context), other.posterior(context)
     torch.testing.assert_close(squared, variance.square())
+    with torch.no_grad():  # a row that says nothing leaves the widest posterior, not an infinite one
+        algorithm.encoder.biases[-1].fill_(1e30)
+        assert float(algorithm.posterior(context)[1].max()) == pytest.approx(1e7)
 
 
 def test_settings_change_what_they_name():

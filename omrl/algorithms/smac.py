@@ -53,12 +53,11 @@ from omrl.algorithms.base import Draw, Phase, PosteriorAlgorithm, Spec
 from omrl.core.config import Config
 from omrl.nets.actor_critic import adam, held_still, join
 from omrl.nets.experience import Experience
-from omrl.nets.generative import diagonal_kl
+from omrl.nets.generative import diagonal_kl, posterior
 from omrl.nets.mlp import Mlp, Policy
 
 ONLINE = "self-supervised"
 _EDGE = 0.999999  # data actions are clamped to it before atanh
-_SMALLEST = 1e-7  # variance of a row's factor
 
 
 class SmacConfig(Config):
@@ -184,11 +183,7 @@ class Smac(PosteriorAlgorithm):
         """Return mean and variance [tasks, latent] of z: a product of one Gaussian per row."""
         rows = self.rows(context)
         raw = self.encoder(rows.reshape(-1, rows.shape[-1])).view(*rows.shape[:2], -1)
-        mean, scale = raw.chunk(2, dim=-1)
-        spread = functional.softplus(scale)
-        precision = 1 / (spread.square() if self.settings.scale == "std" else spread).clamp(min=_SMALLEST)
-        variance = 1 / precision.sum(1)
-        return variance * (mean * precision).sum(1), variance
+        return posterior(raw, std=self.settings.scale == "std")
 
     def _reward(self, steps: Experience, z: Tensor) -> Tensor:
         """Return the decoder's rewards [tasks * n], unscaled."""

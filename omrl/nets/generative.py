@@ -41,15 +41,17 @@ def perturbed(shift: Net, state: Tensor, action: Tensor, size: float) -> Tensor:
     return (action + size * torch.tanh(shift(torch.cat([state, action], dim=-1)))).clamp(-1, 1)
 
 
-def posterior(factors: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def posterior(factors: Tensor, mask: Tensor | None = None, std: bool = False) -> tuple[Tensor, Tensor]:
     """Return mean and variance [..., latent] of a product of Gaussians, one per row (PEARL Eq. 3).
 
     Args:
         factors: [..., n, 2 * latent], means and raw scales; variance = softplus(raw scale), at least 1e-7.
         mask: [..., n], 1 for the rows that count, None for all; with none, the result is N(0, 1e7).
+        std: softplus(raw scale) is the standard deviation instead.
     """
     mean, scale = factors.chunk(2, dim=-1)
-    variances = functional.softplus(scale).clamp(min=_SMALLEST)
+    spread = functional.softplus(scale)
+    variances = (spread.square() if std else spread).clamp(min=_SMALLEST)
     precision = 1 / variances if mask is None else mask.unsqueeze(-1) / variances
     variance = 1 / precision.sum(-2).clamp(min=_SMALLEST)
     return variance * (mean * precision).sum(-2), variance
