@@ -169,16 +169,8 @@ def test_two_cells_of_one_name_are_refused(tmp_path):
     ("algorithm", "values", "message"),
     [
         ({"algorithm": "mt-ft"}, {"posterior": "offline", "tasks": "test"}, r"tasks = test: mt-ft has codes of the tr"),
-        (
-            {"algorithm": "mt-ft"},
-            {},
-            r"posterior = own: 'mt-ft' cannot adapt to the agent's own episodes; expected offl",
-        ),
-        (
-            {"algorithm": "macaw"},
-            {},
-            r"posterior = own: 'macaw' cannot adapt to the agent's own episodes; expected offl",
-        ),
+        ({"algorithm": "mt-ft"}, {}, r"posterior = own: 'mt-ft' cannot adapt to the agent's own .*; expected offline"),
+        ({"algorithm": "macaw"}, {}, r"posterior = own: 'macaw' cannot adapt to the agent's own .*; expected offline"),
         ({"algorithm": "mt-ft"}, {"posterior": "offline", "context_size": 1}, r"context_size = 1: expected 2 or more"),
     ],
 )
