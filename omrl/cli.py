@@ -256,7 +256,7 @@ def init(
 
     for path in write(name, source, plugin):
         print(path)
-    print(f"next: cd {name} && git init && omrl repro")
+    print(f"next: cd {name} && omrl repro")
 
 
 def entry() -> None:

@@ -112,6 +112,31 @@ def test_the_algorithm_of_the_page_works(awr, tmp_path):
     assert torch.equal(load_model(tmp_path / "model", "cpu").actions(s, z), algorithm.actions(s, z))
 
 
+def test_the_part_of_focal_on_the_page_works(tmp_path, monkeypatch):
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", (DOCS / "add-an-algorithm.md").read_text(encoding="utf-8"), re.M | re.S
+    )
+    (code,) = [block for block in blocks if "class Contrast(Focal)" in block]
+    (tmp_path / "mine_on_the_page").mkdir()
+    (tmp_path / "mine_on_the_page/contrast.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    sizes = {"latent_dim": 2, "width": 8, "encoder_width": 16, "encoder_rate": 3e-3, "temperature": 0.5}
+    algorithm = create("mine_on_the_page.contrast", sizes, Spec(2, 2, False), 0, "cpu")
+    z, tasks = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]]), torch.tensor([4, 7, 4])
+    loss, scalars = algorithm.encoder_loss(z, None, tasks)
+    expected = np.log(1 + np.exp(-2))  # both pairs of task 4: similarity 1 against 0, at temperature 0.5
+    assert (float(loss), float(scalars["contrast"])) == (pytest.approx(expected), pytest.approx(expected))
+    g = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        tasks = torch.randint(2, (8,), generator=g)
+        s, a = torch.rand(8, 32, 2, generator=g) - 0.5, torch.rand(8, 32, 2, generator=g) * 2 - 1
+        r = -(a[..., 0] - 0.8 * (1.0 - 2 * tasks)[:, None]).abs()
+        update(algorithm, meta_batch(tasks, bag_of(s, a, r), moves_of(s, a, r, s, torch.ones(8, 32))))
+    unit = torch.nn.functional.normalize(algorithm.infer(bag_of(s, a, r)), dim=-1)
+    same = tasks[:, None] == tasks
+    assert float((unit @ unit.T)[same].min()) > 0.9 > 0.0 > float((unit @ unit.T)[~same].max())
+
+
 def rows_of(text: str, title: str) -> dict[tuple[str, ...], str]:
     """Return (first three fields) -> field ``title`` of the first table that has it."""
     lines = [[field.strip() for field in line.strip()[1:-1].split("|")] for line in text.splitlines()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -42,6 +43,19 @@ def test_the_skeleton_has_a_method_and_its_test(tmp_path):
     assert "2 passed" in done.stdout
 
 
+def test_an_experiment_is_a_repository_of_its_own_or_part_of_one(tmp_path, monkeypatch):
+    init(tmp_path / "a", "smoke", plugin=False)
+    assert (tmp_path / "a/.git").is_dir()
+    init(tmp_path / "a/inner", "smoke", plugin=False)
+    assert not (tmp_path / "a/inner/.git").exists()
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    init(tmp_path / "b", "smoke", plugin=False)
+    assert "no_scm = true" in (tmp_path / "b/.dvc/config.local").read_text()
+    assert "no git here" in (tmp_path / "b/README.md").read_text()
+    for other in ("a", "a/inner"):
+        assert not (tmp_path / other / ".dvc/config.local").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "source", "plugin", "message"),
     [
@@ -76,7 +90,6 @@ def test_an_experiment_runs_with_the_installed_package_and_a_changed_plug_in_rer
         return run(sys.executable, "-m", "omrl.cli", *arguments, cwd=cwd)
 
     omrl("init", "my-exp", "--from", "smoke", "--plugin", cwd=folder.parent)
-    run("git", "init", "-q")
     first = Ran(run("dvc", "repro")).executed
     assert {"code", "meta_train@my-exp-expert-0", "evaluate@my-exp-expert-expert-0", "report"} <= first
     assert "my-exp" in (folder / "reports/results.csv").read_text()

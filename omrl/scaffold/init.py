@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import omrl
@@ -45,8 +47,8 @@ PLUGIN = """
 `{package}/method.py` is a method of your own; `params.yaml` has it under the name `{name}`. It works as it is. Change
 it, then run `python -m pytest tests` and `omrl repro`: its cells run again, and no others.
 """
-GIT = """
-This folder was made outside a git repository, so DVC was told to do without (`.dvc/config.local`). After `git init`,
+NO_GIT = """
+There was no git here, so DVC was told to do without (`.dvc/config.local`). After `git init`,
 `dvc config --local --unset core.no_scm` gives it git back, which `dvc exp` needs.
 """
 
@@ -89,7 +91,7 @@ def parameters(folder: Path, plugin: tuple[str, str] | None) -> str:
 
 
 def init(target: Path, source: str, plugin: bool) -> list[Path]:
-    """Write the folder of an experiment; return its files.
+    """Write the folder of an experiment, a git repository of its own unless it lies in one; return its files.
 
     Args:
         target: the folder; its last part is the experiment's name.
@@ -114,6 +116,8 @@ def init(target: Path, source: str, plugin: bool) -> list[Path]:
     graph_text = graph(folder)
     kept = [out for out in read_yaml(folder / "dvc.yaml")["stages"]["report"].get("outs", []) if isinstance(out, str)]
     outside = not any((parent / ".git").exists() for parent in target.resolve().parents)
+    git = shutil.which("git")
+    alone = outside and git is None
     files = {
         "params.yaml": parameters(folder, (name, f"{package}.method") if plugin else None),
         "dvc.yaml": graph_text,
@@ -122,11 +126,11 @@ def init(target: Path, source: str, plugin: bool) -> list[Path]:
         ".dvc/config": CONFIG,
         ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
         "README.md": README.format(
-            name=name, source=source, git=GIT if outside else "",
+            name=name, source=source, git=NO_GIT if alone else "",
             plugin=PLUGIN.format(package=package, name=name) if plugin else "",
         ),
     }  # fmt: skip
-    if outside:
+    if alone:
         files[".dvc/config.local"] = CONFIG_LOCAL
     if plugin:
         here = Path(__file__).parent
@@ -138,4 +142,6 @@ def init(target: Path, source: str, plugin: bool) -> list[Path]:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         write_text(target / path, text)
     check(target / "params.yaml")
+    if outside and git is not None:
+        subprocess.run([git, "init", "--quiet"], cwd=target, check=True)
     return [target / path for path in files]
