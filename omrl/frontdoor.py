@@ -299,6 +299,12 @@ def evaluate(
     algorithm = agent.algorithm
     if protocol not in algorithm.PROTOCOLS:
         raise UserError(f"protocol = '{protocol}': {agent!r:.40} serves {', '.join(sorted(algorithm.PROTOCOLS))}")
+    least = algorithm.least_context(algorithm.config)
+    for key in ("context_per_episode", "context"):
+        if isinstance(size := getattr(own, key, None), int) and size < least:
+            raise UserError(
+                f"evaluate: {key} = {size}: expected {least} or more, the fewest that {agent!r:.40} adapts to"
+            )
     buffers = data.data
     if columns := algorithm.columns(buffers):
         buffers = buffers.with_columns(columns)

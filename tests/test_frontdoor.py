@@ -133,6 +133,9 @@ def test_cuda_without_a_gpu_is_one_line(data, family, monkeypatch):
 
 
 def test_what_an_agent_refuses(data, family):
+    two_rows = omrl.fit("mt-ft", data, family, steps=1, threads=1, width=8, batch=8)
+    with pytest.raises(UserError, match=r"evaluate: context_per_episode = 1: expected 2 or more, the fewest that"):
+        omrl.evaluate(two_rows, family, data, context_per_episode=1)
     agent = omrl.fit("focal", data, family, steps=1, threads=1, **SMALL)
     with pytest.raises(UserError, match=r"observation of shape \[3\]: expected \[tasks, 2\]"):
         agent.act(agent.prior(), [0.0, 0.0, 0.0])
