@@ -23,6 +23,7 @@ def experience(rows: int, seed: int) -> Experience:
 
 def trained(steps: int) -> Method:
     """Return the method after some updates."""
+    torch.set_num_threads(1)  # nets this small are no faster with two
     method = ALGORITHM(CONFIG(width=16), SPEC, 0, "cpu")
     (phase,) = method.phases(steps)
     for step in range(steps):
