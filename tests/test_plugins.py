@@ -208,6 +208,15 @@ def test_check_says_in_one_line_what_a_method_lacks(folder, text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_an_unknown_name_that_is_like_none_of_ours_is_told_how_to_name_ones_own():
+    with pytest.raises(
+        UserError, match=r"unknown algorithm 'qqq': available: .*; one of your own is named by its module"
+    ):
+        registry.load("omrl.algorithms", "qqq", "algorithm")
+    with pytest.raises(UserError, match=r"did you mean 'focal'\?$"):
+        registry.load("omrl.algorithms", "focall", "algorithm")
+
+
 def test_an_environment_of_ones_own(folder):
     text = (ROOT / "omrl/envs/sparse_point_robot.py").read_text()
     text = text.replace('"OMRL/SparsePointRobot-v0"', '"Mine/Robot-v0"').replace('"sparse-point-robot"', '"mine.robot"')

@@ -59,7 +59,9 @@ def load(package: str, name: str, what: str = "name", needs: tuple[str, ...] = (
             it lacks an attribute.
     """
     if "." not in name and name not in names(package):
-        raise UserError(f"{where}unknown {what} '{name}': {suggest(name, names(package))}")
+        options = suggest(name, names(package))
+        own = "" if options.startswith("did") else "; one of your own is named by its module, such as my_package.mine"
+        raise UserError(f"{where}unknown {what} '{name}': {options}{own}")
     dotted = module_name(package, name)
     if is_outside(package, name):
         return _outside(name, dotted, what, needs, where)
