@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # a section's classes are imported when it is asked for
 
 FILE = "params.yaml"
 INSTALLED = "installed"  # as repository: the code is the installed package, wherever that is
+CodeKind = Literal["stages", "engines", "envs", "algorithms"]
 MOST_CELLS = 20_000  # DVC reads and writes all of them at every stage
 _MOST_STEPS = 10**8  # of one task's rollouts
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
@@ -635,6 +636,20 @@ _CHECKS: tuple[Callable[[Experiment], None], ...] = (
     _check_datasets,
     _check_evaluate, _check_seeds, _check_algorithms, _check_online, _check_cells, _check_devices, _check_plugins,
 )  # fmt: skip
+
+
+def code_units(x: Experiment) -> dict[tuple[CodeKind, str], str]:
+    """Return (kind, name) -> module of every unit of code of which stage ``code`` takes a fingerprint."""
+    from omrl.behavior.base import ENGINES
+
+    stages = [name.replace("-", "_") for name in registry.own_names("stages")]
+    units: dict[tuple[CodeKind, str], str] = {("stages", name): f"stages.{name}" for name in stages}
+    units |= {("engines", name): f"omrl.behavior.{name}" for name in ENGINES}
+    for name in {*registry.own_names("omrl.envs"), x.env}:
+        units["envs", name] = registry.module_name("omrl.envs", name)
+    for name, entry in x.algorithms.items():
+        units["algorithms", name] = registry.module_name("omrl.algorithms", entry.file)
+    return units
 
 
 def cells(path: str | Path = FILE) -> Cells:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from omrl.behavior.base import ENGINES
-from omrl.core import layout, registry
+from omrl.core import layout
 from omrl.core.errors import UserError
 from omrl.core.files import atomic_dir, write_json, write_manifest
-from omrl.experiment import INSTALLED, load
+from omrl.experiment import INSTALLED, code_units, load
 from omrl.provenance.fingerprint import OURS, fingerprint, origin
 from stages import run
 
@@ -17,12 +16,7 @@ def main() -> None:
     """Write data/code/{stages,engines,envs,algorithms}/<name>.json, and data/code/origins.json about plug-ins."""
     params = load("repository", "env", "algorithms")
     check_repository(params.repository)
-    units = {("stages", n.replace("-", "_")): f"stages.{n.replace('-', '_')}" for n in registry.own_names("stages")}
-    units |= {("engines", name): f"omrl.behavior.{name}" for name in ENGINES}
-    for name in {*registry.own_names("omrl.envs"), params.env}:
-        units["envs", name] = registry.module_name("omrl.envs", name)
-    for name, entry in params.algorithms.items():
-        units["algorithms", name] = registry.module_name("omrl.algorithms", entry.file)
+    units = code_units(params)
     origins = {}
     with atomic_dir(layout.CODE) as folder:
         for (kind, name), module in sorted(units.items()):

@@ -451,3 +451,23 @@ def test_only_a_lock_that_dvc_wrote_is_split(tmp_path):
         path.write_text(other)
         assert child.read_entries(str(path)) is None, other
     assert child.read_entries(str(tmp_path / "none")) is None
+
+
+@pytest.mark.e2e
+def test_a_dry_run_says_what_an_edit_of_the_code_reruns(project):
+    method = project.folder / "omrl/algorithms/focal.py"
+    text = method.read_text()
+    method.write_text(f"{text}\n# a comment\n")
+    lines = project.omrl("repro", SMOKE, "--dry").stdout.splitlines()
+    assert [line.partition(": ")[0].split()[-1] for line in lines[:-1]] == ["code"]
+    assert lines[-1].startswith(f"{SMOKE}: 1 cells would run, 0 may")
+    method.write_text(f"{text}\nOTHER = 1\n")
+    lines = project.omrl("repro", SMOKE, "--dry").stdout.splitlines()
+    told = {line.partition(": ")[0].split()[-1]: line.split()[0] for line in lines[:-1]}
+    models = {cell for cell in told if cell.startswith(("meta_train@focal-", "evaluate@focal-"))}
+    assert "meta_train@focal-expert-0" in models
+    assert set(told) == {"code", *models, "report"}
+    assert told["report"] == "may"
+    assert "data/code/algorithms/focal.json will be another" in lines[1]
+    ran = project.omrl("repro", SMOKE).stderr
+    assert f"{len(told)} cells run" in ran

@@ -10,9 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import omrl
+from omrl.core import layout
 from omrl.core.errors import UserError
-from omrl.core.files import write_json, write_text
+from omrl.core.files import read_json, write_json, write_text
+from omrl.experiment import INSTALLED, code_units, load
 from omrl.experiment import read as read_params
+from omrl.provenance.fingerprint import fingerprint
 from omrl.provenance.lockfile import LOCK
 from omrl.running.child import joined, split_lock
 
@@ -29,11 +33,13 @@ class Graph:
         reads: cell -> the cells whose outputs it reads, in the order in which ``dvc repro`` runs cells.
         reasons: cell -> why it is not up to date, for those that are not.
         threads: stage -> threads that one of its cells computes with, where that is not one.
+        code: cell -> the fingerprint files that it reads.
     """
 
     reads: Mapping[str, tuple[str, ...]]
     reasons: Mapping[str, str]
     threads: Mapping[str, int] = field(default_factory=dict)
+    code: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def behind(self, cells: set[str]) -> set[str]:
         """Return all cells that read, directly or not, an output of one of ``cells``."""
@@ -68,6 +74,8 @@ def read_graph(folder: Path) -> Graph:
             locked = set(lock_order(Path()))
             reasons = {s.name: _reason(s.name in locked, next(iter(found.values()))) for s in stages
                        if (found := s.status(check_updates=True))}  # fmt: skip
+            code = {s.name: frozenset(d.def_path for d in s.deps if d.def_path.startswith(f"{layout.CODE}/"))
+                    for s in stages}  # fmt: skip
             reads = {s.name: tuple(sorted(other.name for other in graph.successors(s))) for s in stages}
     except LockError as error:
         who = " ".join(str(error).partition("\n\n")[0].partition(". ")[0].split())
@@ -81,7 +89,28 @@ def read_graph(folder: Path) -> Graph:
         wanted = section.get("threads")
         threads[name] = wanted if isinstance(wanted, int) else default  # stage 'plan' refuses anything else
     threads |= {"online": threads["meta_train"], "evaluate_online": threads["evaluate"]}
-    return Graph(reads, reasons, threads)
+    return Graph(reads, reasons, threads, code)
+
+
+def code_changes(folder: Path) -> set[str] | None:
+    """Return the fingerprint files that stage ``code`` would write otherwise; None if that cannot be told here.
+
+    It can where the code that runs here is the pipeline's.
+    """
+    params = load("repository", "env", "algorithms", path=folder / "params.yaml")
+    own = Path(omrl.__file__).resolve().parent
+    if params.repository != INSTALLED and (folder / params.repository / "omrl").resolve() != own:
+        return None
+    changed = set()
+    for (kind, name), module in code_units(params).items():
+        path = layout.code(kind, name)
+        try:
+            known = read_json(folder / path)
+        except UserError:
+            known = None
+        if known != fingerprint(module):
+            changed.add(str(path))
+    return changed
 
 
 @contextlib.contextmanager

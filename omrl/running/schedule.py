@@ -18,7 +18,7 @@ from omrl.core.errors import UserError, suggest
 from omrl.core.files import alone
 from omrl.core.parallel import worker_count
 from omrl.running.cell import TOPIC, Ending, check_worker, count_running, run_cell
-from omrl.running.graph import ALL_CORES, FIRST, Graph, forget_dead, lock_order, read_graph, sort_lock
+from omrl.running.graph import ALL_CORES, FIRST, Graph, code_changes, forget_dead, lock_order, read_graph, sort_lock
 from omrl.running.view import View, clock
 
 if TYPE_CHECKING:
@@ -71,16 +71,23 @@ def explain(folder: Path) -> list[str]:
     graph = read_graph(folder)
     if not graph.reasons:
         return [f"{folder}: up to date, {len(graph.reads)} cells"]
-    behind = graph.behind(set(graph.reasons))
+    reasons = dict(graph.reasons)
+    changed = code_changes(folder) if "code" in reasons else None
+    if changed is not None:  # what the fingerprints will be is known, so 'code' is no reason by itself
+        for cell in graph.reads:
+            if cell not in reasons and (files := graph.code[cell] & changed):
+                reasons[cell] = f"{min(files)} will be another"
+    sources = set(reasons) - (set() if changed is None else {"code"})
+    behind = graph.behind(sources)
     lines = []
     for cell, reads in graph.reads.items():
-        if cell in graph.reasons:
-            lines.append(f"runs     {cell}: {graph.reasons[cell]}")
+        if cell in reasons:
+            lines.append(f"runs     {cell}: {reasons[cell]}")
         elif cell in behind:
-            before = [r for r in reads if r in behind or r in graph.reasons]
+            before = [r for r in reads if r in behind or r in sources]
             lines.append(f"may run  {cell}: reads {', '.join(before[:3])}{' and more' if len(before) > 3 else ''}")
     rest = len(graph.reads) - len(lines)
-    return [*lines, f"{folder}: {len(graph.reasons)} cells would run, {len(lines) - len(graph.reasons)} "
+    return [*lines, f"{folder}: {len(reasons)} cells would run, {len(lines) - len(reasons)} "
             f"may, if what they read changes, {rest} are up to date"]  # fmt: skip
 
 
