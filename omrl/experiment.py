@@ -153,7 +153,11 @@ def read(path: str | Path = FILE) -> _Top:
     Raises:
         UserError: no such file, not YAML, an unknown, missing or wrongly typed key.
     """
-    return parse(_Top, read_yaml(path), f"{path}:")
+    values = read_yaml(path)
+    for key in values if isinstance(values, dict) else ():  # first: a section with a typo is missing, too
+        if key not in _Top.model_fields:
+            raise UserError(f"{path}: {shown(key, 60, quote=False)}: unknown key; {suggest(key, _Top.model_fields)}")
+    return parse(_Top, values, f"{path}:")
 
 
 @dataclass(frozen=True)

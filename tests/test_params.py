@@ -155,6 +155,13 @@ def test_a_mistake_is_one_line(edit, key, value, message):
     assert len(text) < 400
 
 
+def test_a_section_with_a_typo_is_named_by_its_typo(tmp_path):
+    text = (ROOT / "params.yaml").read_text().replace("\nmeta_train:", "\nmeta_trian:")
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"params\.yaml: meta_trian: unknown key; did you mean 'meta_train'\?"):
+        params.check(tmp_path / "params.yaml")
+
+
 def test_two_cells_of_one_name_are_refused(tmp_path):
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
     values["algorithms"] = {"focal": {}, "focal-step": {"algorithm": "focal"}}
