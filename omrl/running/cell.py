@@ -27,7 +27,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # Dask gives its workers a threshold at which glibc returns memory after nearly every operation
 _MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
 
-_OURS = Path(child.__file__).resolve().parents[1]
+_OURS = [Path(child.__file__).resolve().parents[2] / name for name in ("omrl", "stages")]
 _running: dict[int, subprocess.Popen[bytes]] = {}
 _guard = threading.Lock()
 
@@ -111,8 +111,8 @@ def _raised(text: str) -> str:
     raised = re.search(r"^(?! )[\w.]+(?:: .*)?$", trace, flags=re.M)
     if not (found and frames and raised):
         return ""
-    packages = (str(_OURS), "site-packages", "<frozen")
-    own = [frame for frame in frames if not any(part in frame[0] for part in packages)]
+    own = [frame for frame in frames if not any(part in frame[0] for part in ("site-packages", "<frozen"))
+           and not any(Path(frame[0]).resolve().is_relative_to(folder) for folder in _OURS)]  # fmt: skip
     path, line, name = (own or frames)[-1]
     return f"{raised[0]} ({path}, line {line}, in {name})"
 
