@@ -347,7 +347,7 @@ def check(path: str | Path = FILE) -> list[str]:
     """Check everything in params.yaml, across sections too.
 
     Returns:
-        The cells it asks for, as ``stage@cell`` names.
+        The cells that ``omrl repro`` counts: the four stages of every pipeline, and ``stage@cell`` for the others.
 
     Raises:
         UserError: the first problem, in one line.
@@ -625,7 +625,7 @@ def _check_online(x: Experiment) -> None:
 def _check_cells(x: Experiment) -> None:
     models = len(x.algorithms) * len(x.dataset.train) * len(x.seeds)
     sets = len(x.dataset.levels) + len(x.relabel) + len(x.pairs)
-    count = 2 * len(x.shards) + sets + models * (1 + len(x.dataset.test)) + 2 * len(x.online)
+    count = 4 + 2 * len(x.shards) + sets + models * (1 + len(x.dataset.test)) + 2 * len(x.online)
     if count > MOST_CELLS:
         raise UserError(f"{x.path}: asks for {count} cells: expected at most {MOST_CELLS}; use fewer seeds or datasets")
     if twice := [name for name, count in Counter(_names(x)).items() if count > 1]:
@@ -687,6 +687,7 @@ def _names(x: Experiment) -> list[str]:
     """Return the names that DVC gives the cells."""
     models = [(a, train, str(seed)) for a in x.algorithms for train in x.dataset.train for seed in x.seeds]
     return [
+        *("plan", "code", "tasks", "report"),
         *(f"{stage}@{shard}" for stage in ("behavior", "rollouts") for shard in x.shards),
         *(f"dataset@{name}" for name in x.dataset.levels),
         *(f"relabel@{name}" for name in x.relabel),
