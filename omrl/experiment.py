@@ -515,7 +515,7 @@ def _check_seeds(x: Experiment) -> None:
 
 
 def _check_algorithms(x: Experiment) -> None:
-    from omrl.algorithms.base import algorithm_module
+    from omrl.algorithms.base import Algorithm, algorithm_module
     from omrl.learning.train import spec_of
 
     if not x.algorithms:
@@ -536,12 +536,21 @@ def _check_algorithms(x: Experiment) -> None:
                 f"{x.path}: evaluate.protocol = '{x.evaluate.protocol}': algorithm '{name}' cannot serve it; it serves "
                 f"{served}"
             )
+        if x.protocol.resolved().get("resample") == "step" and module.ALGORITHM.observe is not Algorithm.observe:
+            raise UserError(f"{x.path}: evaluate.{_forgets(name)}")
         least = module.ALGORITHM.least_context(config)
         for key, size in _context_sizes(x, name).items():
             if size < least:
                 raise UserError(
                     f"{x.path}: {key} = {size}: expected {least} or more, the fewest that algorithm '{name}' adapts to"
                 )
+
+
+def _forgets(algorithm: str) -> str:
+    return (
+        f"resample = step: algorithm '{algorithm}' reads the episode's steps, and a belief drawn anew at each forgets "
+        "them; expected resample: episode"
+    )
 
 
 def _context_sizes(x: Experiment, algorithm: str) -> dict[str, int]:
@@ -595,7 +604,7 @@ def _check_devices(x: Experiment) -> None:
 
 
 def _check_online(x: Experiment) -> None:
-    from omrl.algorithms.base import algorithm_module
+    from omrl.algorithms.base import Algorithm, algorithm_module
     from omrl.learning.online import Decoding
 
     for name, entry in x.online.items():
@@ -618,6 +627,13 @@ def _check_online(x: Experiment) -> None:
             raise UserError(
                 f"{key}.posterior = own: '{file}' cannot adapt to the agent's own episodes; expected offline"
             )
+        if entry.label == "decoded" and entry.tasks == "test":
+            raise UserError(
+                f"{key}.tasks = test with label = decoded: the method would learn from the rewards in the test tasks' "
+                "offline data, which self-supervision must not see; expected tasks: train, or label: simulator"
+            )
+        if entry.resample == "step" and module.ALGORITHM.observe is not Algorithm.observe:
+            raise UserError(f"{key}.{_forgets(entry.algorithm)}")
         if wrong := module.ALGORITHM.check_online(entry.tasks):
             raise UserError(f"{key}.{wrong}")
 

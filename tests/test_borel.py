@@ -180,6 +180,22 @@ def test_rollouts_in_the_data_are_successive_episodes_of_a_checkpoint():
     assert rollout_bounds(source, 0, 3).tolist() == [[0, 6], [6, 8], [8, 14], [14, 16], [16, 20]]
 
 
+def test_rollouts_of_a_relabelled_set_go_through_checkpoints_that_have_one_episode_each():
+    source = data(episodes=10, lengths=2)
+    of_each = np.array([0, 10, 20, 0, 10, 10, 0, 10, 20, 30], dtype=np.int32)  # by source task and checkpoint
+    source = replace(source, checkpoint=np.tile(of_each.repeat(2), (2, 1)))
+    assert rollout_bounds(source, 0, 2).tolist() == [[0, 4], [4, 8], [8, 12], [12, 16], [16, 20]]
+
+
+def test_few_updates_in_the_environment_are_the_policys():
+    algorithm, source = make(), data()
+    phase = algorithm.online_phase(5)
+    assert (phase.name, phase.steps) == ("online", 5)
+    assert {name: draw.unit for name, draw in phase.draws.items()} == {"transitions": "row"}
+    sampler = Sampler(source.with_columns(algorithm.begin(phase, source)), 0, CPU)
+    assert "policy_loss" in algorithm.update(phase, sampler.draw(phase))
+
+
 def test_columns_hold_the_belief_before_and_after_every_step():
     algorithm, source = make(episodes=2), data(episodes=6)
     vae, policy = algorithm.phases(400)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -214,6 +216,13 @@ def test_episodes_are_runs_of_successive_steps(folder):
     following = data.next_actions()
     assert np.isnan(following[0, [19, 39, 59]]).all()
     np.testing.assert_array_equal(following[0, 20:39], data.action[0, 21:40])
+
+
+def test_single_rows_have_no_next_action(folder):
+    data = TaskData.load(folder, [0, 12])
+    rows = np.tile(np.arange(data.rows), (2, 1))
+    with pytest.raises(UserError, match=r"regularization\.value_penalty at the next state.*unit: episode"):
+        replace(data, start=rows, end=rows + 1).next_actions()
 
 
 def test_single_rows_are_episodes_of_their_own():

@@ -232,8 +232,8 @@ def test_ant_goal_observes_places_and_forces():
 
 
 def test_humanoid_observes_what_gymnasiums_does():
-    family = load_family("humanoid-dir")
-    shown = []
+    family = load_family("humanoid-dir", {"contact_cost": "measured"})
+    shown, forces = [], []
     for ours, observation, info, peer, _ in follow(family, "Humanoid-v5", 5, steps=12):
         np.testing.assert_allclose(ours.next_observation[0, :45], observation[:45], atol=1e-3)
         mine = ours.next_observation[0]
@@ -243,9 +243,29 @@ def test_humanoid_observes_what_gymnasiums_does():
         assert ours.features[0, 2] == pytest.approx(-info["reward_ctrl"], abs=1e-5)
         # displacement per simulator step of 0.003 s where Gymnasium divides by the step's 0.015 s
         shown.append((ours.features[0, 0] / 5, info["x_velocity"]))
+        forces.append(mine[292:])
+        assert ours.features[0, 3] == pytest.approx(min(5e-7 * (forces[-1].astype(float) ** 2).sum(), 10), rel=1e-4)
         assert peer.model.opt.timestep == 0.003
     mine, peers = np.array(shown).T
     np.testing.assert_allclose(mine, peers, atol=0.05)
+    assert np.abs(forces).max() > 1
+
+
+def test_humanoid_has_no_contact_forces_where_none_are_asked_for():
+    families = [load_family("humanoid-dir", {"contact_cost": cost}) for cost in ("none", "measured")]
+    envs = [family.batch([family.sample(0, 0)]) for family in families]
+    for env in envs:
+        env.reset([np.random.default_rng(0)])
+    for _ in range(12):
+        none, measured = (env.step(np.ones((1, 17), dtype=np.float32)) for env in envs)
+    assert not none.next_observation[0, 292:].any()
+    assert none.features[0, 3] == 0 < measured.features[0, 3]
+    np.testing.assert_array_equal(none.next_observation[0, :292], measured.next_observation[0, :292])
+
+
+def test_sparse_walkers_have_the_walkers_bodies():
+    dense, sparse = load_family("walker-rand-params"), load_family("sparse-walker")
+    assert dense.sample(3, 7) == sparse.sample(3, 7) != dense.sample(4, 7)
 
 
 @pytest.mark.parametrize(

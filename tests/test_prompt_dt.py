@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,18 @@ def trained(steps: int, seed: int = 0, **values: Any) -> PromptDt:
     for _ in range(steps):
         algorithm.update(phase, sampler.draw(phase))
     return algorithm
+
+
+def test_a_trained_model_keeps_the_scales_that_its_weights_know():
+    algorithm, other = trained(2), data(seed=1)
+    other = replace(other, observation=10 * other.observation, sparse_reward=10 * other.sparse_reward)
+    (phase,) = algorithm.phases(2)
+    before = {name: x.clone() for name, x in algorithm.net.named_buffers()}
+    algorithm.begin(phase, other)
+    assert all(torch.equal(x, before[name]) for name, x in algorithm.net.named_buffers())
+    fresh = make()
+    fresh.begin(phase, other)
+    assert float(fresh.net.scale) > 5 * float(algorithm.net.scale)
 
 
 def prompted(algorithm: PromptDt, source: TaskData, seed: int = 0) -> Any:

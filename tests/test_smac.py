@@ -352,3 +352,30 @@ def test_a_sparse_family_is_refused(tmp_path):
     values["relabel"], values["dataset"]["train"] = {}, ["expert"]
     file.write_text(yaml.safe_dump(values))
     assert {"online@self", "evaluate_online@self"} <= set(check(file))
+    values["online"]["self"]["tasks"] = "test"
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"online\.self\.tasks = test with label = decoded: .*test tasks' offline data"):
+        check(file)
+
+
+def test_drawing_a_belief_at_every_step_is_refused_where_steps_are_read(tmp_path):
+    values = yaml.safe_load((online.Path(__file__).parents[1] / "pipelines/smoke/params.yaml").read_text())
+    values["algorithms"] = {"prompt-dt": {"window": 5}}
+    values["dataset"]["train"] = ["expert"]
+    values["online"] = {"on": {"algorithm": "prompt-dt", "resample": "step", "posterior": "offline"}}
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(
+        UserError, match=r"online\.on\.resample = step: algorithm 'prompt-dt' reads the"
+    ):
+        check(file)
+    values["online"] = {}
+    values["evaluate"] = {
+        "protocol": "online-prior", "episodes": 3, "exploration_episodes": 2, "resample": "step", "repetitions": 2
+    }  # fmt: skip
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"evaluate\.resample = step: algorithm 'prompt-dt' reads the episode's steps"):
+        check(file)
+    values["algorithms"] = {"focal": {}}
+    file.write_text(yaml.safe_dump(values))
+    assert "evaluate@focal-expert-expert-0" in check(file)

@@ -33,6 +33,8 @@ what                  released code                                     here
 ====================  ================================================  ==============================================
 rollout               two successive episodes of the SAC run            vae: ``episodes`` drawn independently;
                                                                         policy: successive ones of one checkpoint
+... of relabelled     a relabelled episode, then one of the task's own  vae: the same; policy: successive ones of the
+                                                                        relabelled set
 between episodes      the next action follows the last state; s and s'  the next episode's start is the next state,
                       carry a flag                                      no flag
 relabelled            in place, task after task, of other tasks         from the original data, of all tasks
@@ -159,17 +161,17 @@ def rollouts(parts: Sequence[Experience], of_each: int) -> Rollouts:
 
 
 def rollout_bounds(data: TaskData, place: int, episodes: int) -> NDArray[np.int64]:
-    """Return [first row, row after the last] of rollouts of up to so many successive episodes of one checkpoint."""
-    bounds: list[list[int]] = []
-    inside = 0
-    for first, end in data.episodes(place).tolist():
-        if bounds and inside < episodes and data.checkpoint[place, bounds[-1][0]] == data.checkpoint[place, first]:
-            bounds[-1][1] = end
-            inside += 1
-        else:
-            bounds.append([first, end])
-            inside = 1
-    return np.array(bounds, dtype=np.int64)
+    """Return [first row, row after the last] of rollouts of up to so many successive episodes of one checkpoint.
+
+    Checkpoints that have one episode each, as in a relabelled set, count as one: no rollout of it would have two.
+    """
+    found = data.episodes(place)
+    checkpoint = data.checkpoint[place, found[:, 0]]
+    first = np.flatnonzero(np.r_[True, checkpoint[1:] != checkpoint[:-1]])
+    alone = np.diff(np.r_[first, len(found)]) == 1
+    groups = np.split(found, first[1:][~(alone[1:] & alone[:-1])])
+    parts = [group[i : i + episodes] for group in groups for i in range(0, len(group), episodes)]
+    return np.array([[part[0, 0], part[-1, 1]] for part in parts], dtype=np.int64)
 
 
 class Borel(Algorithm):
@@ -219,6 +221,11 @@ class Borel(Algorithm):
             Phase("policy", steps - first, config.meta_batch, policy),
         )
         return [phase for phase in both if phase.steps]
+
+    def online_phase(self, steps: int) -> Phase:
+        """Return the policy's phase; the VAE stands still."""
+        _, policy = self.phases(self.settings.vae_steps + steps)
+        return Phase("online", steps, policy.meta_batch, policy.draws)
 
     def context_draw(self, transitions: int) -> Draw:
         """Return whole episodes, about as many transitions."""

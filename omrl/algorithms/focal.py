@@ -11,11 +11,13 @@ parameter           paper                    released code (default)      publis
 ==================  =======================  ===========================  ============================
 rates               1e-3 (Table 4)           3e-4                         unknown which
 width               300 (Table 4)            256                          unknown which
-latent_dim          5 (points), 20           20                           Table 1 (Half-Cheetah-Vel): 5
+latent_dim          5 (points, Half-         20                           Table 1 (Half-Cheetah-Vel): 5
+                    Cheetah-Fwd-Back), 20
 metric_form         Eq. 13: squared L2,      ``released``: RMS, mean per  Table 5(b) implies means
                     sum over pairs           dimension, mean over pairs;  per dimension: released
                                              of power -2 only
-metric_weight       1 (points, Ant), 10      10, on both terms            unknown which
+metric_weight       1 (points, Ant, Half-    10, on both terms            unknown which
+                    Cheetah-Fwd-Back), 10
 context_batch       256 (512 in FOCAL++)     1024                         unknown which
 value_network       absent in Algorithm 1    V and target V               released
 alpha               constant                 adapted, see RegularizationConfig  released

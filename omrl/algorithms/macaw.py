@@ -31,6 +31,10 @@ coefficient c         0.01                              learned, from 0.00995   
 step sizes            one a layer                       one a tensor                     one a tensor
 weight transform      H z, latent 32 (Omniglot)         H z + h, latent 100              the code's
 inner rows            contiguous                        contiguous of every seventh row  uniform, with replacement
+inner, outer rows     disjoint                          drawn independently              drawn independently
+outer rows            biased to the buffer's end        uniform                          uniform
+several inner steps   policy step t with the value      as the paper                     all steps of the value function
+                      function after step t + 1                                          first, then the policy's
 without the weight    ordinary layers                   a transform of the bias stays    ``layers: none`` or ``bias``
 transform
 ====================  ================================  ===============================  ============================

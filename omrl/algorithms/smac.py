@@ -27,7 +27,7 @@ actor's -min Q, online    not told                     values of the old critic 
 offline RL rows           256 per task                 128                                128, ``rl_batch``
 tasks, contexts online    not told                     kept for four updates              drawn anew every update
 steps per collected step  4                            3.2                                ``online.<name>.updates``
-s' in context, decoder    an option, off               an option, off                     where dynamics differ
+s' in context, decoder    no                           an option, off                     where dynamics differ
 ========================  ===========================  =================================  ===========================
 
 A current torch refuses the released actor update (a critic is stepped between forward and backward pass); on the torch

@@ -195,10 +195,19 @@ class TaskData:
         )  # fmt: skip
 
     def next_actions(self) -> NDArray[np.float32]:
-        """Return the action of the next row of the same episode, [tasks, rows, width]; NaN after an episode's last."""
+        """Return the action of the next row of the same episode, [tasks, rows, width]; NaN after an episode's last.
+
+        Raises:
+            UserError: no row has a next one, as in a set of single relabelled rows.
+        """
         rows = np.arange(self.rows)
         following = self.action[:, np.minimum(rows + 1, self.rows - 1)].copy()
         following[rows + 1 >= self.end] = np.nan
+        if np.isnan(following).all():
+            raise UserError(
+                "params.yaml: regularization.value_penalty at the next state needs the data's next actions, and these "
+                "data are single rows; expected whole episodes (relabel.<name>.unit: episode), or value_penalty: false"
+            )
         return following
 
     def with_columns(self, columns: Mapping[str, NDArray[np.float32]]) -> TaskData:

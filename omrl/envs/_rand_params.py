@@ -49,8 +49,13 @@ def _nominal(xml: str) -> mujoco.MjModel:
 
 
 class RandParams(MujocoFamily):
-    """Bodies by log-uniform multipliers; move forward, stay up."""
+    """Bodies by log-uniform multipliers; move forward, stay up.
 
+    Attributes:
+        bodies: name of the family whose bodies these are: one with sparse rewards has those of the dense one.
+    """
+
+    bodies: ClassVar[str]
     CONFIG: ClassVar[type[Config]] = RandParamsConfig
     frame_skip = 4
     feature_size = 2
@@ -65,7 +70,7 @@ class RandParams(MujocoFamily):
     def sample(self, index: int, seed: int) -> Task:
         """Return the multipliers of task ``index``, an array's entries in row-major order."""
         self._check_index(index)
-        rng = seeding.generator(seed, "task", self.name, index)
+        rng = seeding.generator(seed, "task", self.bodies, index)
         nominal = _nominal(self.xml)
         return {
             name: [float(base**u) for u in rng.uniform(-LIMIT, LIMIT, getattr(nominal, name).size)]

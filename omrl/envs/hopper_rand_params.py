@@ -17,9 +17,9 @@ Reward, of a step of 0.016 s with v the mean velocity along x in it: v + 1 - 0.0
 the torso leaves the ranges above, or a joint or velocity reaches 100 in size. 200 steps. Features (2): v in
 m/s and 0.001 |a|^2.
 
-Tasks: 41 multipliers each (see ``_rand_params``). The released configuration has 40 and 10; no paper here
-reports numbers. Gymnasium's ``hopper.xml`` has the original's masses, gears, dampings and frictions, and gets
-its time step.
+Tasks: 41 multipliers each (see ``_rand_params``). FOCAL's released configuration has 40 and 10; SMAC (Fig. 5) and
+UNICORN (Table 2) report on it. Gymnasium's ``hopper.xml`` has the original's masses, gears, dampings and frictions,
+and gets its time step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _WILD = 100.0
 class HopperRandParams(RandParams):
     """Hop with an unknown body."""
 
-    name = "hopper-rand-params"
+    name = bodies = "hopper-rand-params"
     env_id = "OMRL/HopperRandParams-v0"
     xml = "hopper.xml"
     observation_size = 11

@@ -28,6 +28,10 @@ simulator's time step, not by the step's own length, is the release's. The episo
 leaves [1, 2] m. 200 steps. Features (4): displacement along x and y per 0.003 s in m/s, control cost, contact
 cost.
 
+The external forces were very likely 0 in the published runs, see ``omrl/envs/_ant.py``: ``contact_cost: none``, the
+default, has neither the cost nor entries 292-375, which stay 0. ``measured`` has both; random actions then cost 0.3
+a step on average and up to 10, and single entries reach thousands.
+
 Tasks: angles uniform on [0, 2 pi), drawn by ``tasks.seed``; the originals were unseeded. FOCAL's configuration
 has 80 training and 20 test tasks; the paper reports nothing on them.
 """
@@ -35,22 +39,35 @@ has 80 training and 20 test tasks; the paper reports nothing on them.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
 from omrl.core import seeding
-from omrl.envs._mujoco import Doubles, Motion, MujocoEnv, MujocoFamily, Physics, load_model
+from omrl.core.config import Config
+from omrl.envs._mujoco import Doubles, Motion, MujocoConfig, MujocoEnv, MujocoFamily, Physics, load_model
 from omrl.envs.base import Array, Task
 
 _SIMULATED = 140 + 84 + 23 + 84  # what the observation takes from the simulator
 _START = 0.01
 
 
+class HumanoidDirConfig(MujocoConfig):
+    """Humanoid-Dir.
+
+    Attributes:
+        contact_cost: ``none`` or ``measured``, see the module.
+    """
+
+    contact_cost: Literal["none", "measured"] = "none"
+
+
 class HumanoidDir(MujocoFamily):
     """Run in a hidden direction."""
 
+    CONFIG = HumanoidDirConfig
     name = "humanoid-dir"
     env_id = "OMRL/HumanoidDir-v0"
     xml = "humanoid.xml"
@@ -58,6 +75,10 @@ class HumanoidDir(MujocoFamily):
     action_size = 17
     feature_size = 4
     derived_size = _SIMULATED + 2
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._measured = isinstance(config, HumanoidDirConfig) and config.contact_cost == "measured"
 
     def sample(self, index: int, seed: int) -> Task:
         """Return the direction of task ``index``, an angle in rad."""
@@ -71,7 +92,8 @@ class HumanoidDir(MujocoFamily):
     def derive(self, model: mujoco.MjModel, data: mujoco.MjData) -> Doubles:
         """Return inertias, velocities and forces of the bodies, and x and y of the center of mass."""
         center = (model.body_mass[:, None] * data.xipos).sum(0) / model.body_mass.sum()
-        parts = (data.cinert, data.cvel, data.qfrc_actuator, data.cfrc_ext)
+        forces = data.cfrc_ext if self._measured else np.zeros_like(data.cfrc_ext)
+        parts = (data.cinert, data.cvel, data.qfrc_actuator, forces)
         return np.concatenate([*(part.ravel() for part in parts), center[:2]])
 
     def observe(self, physics: Physics, late: Physics) -> Array:

@@ -5,6 +5,9 @@ else 0 (FOCAL++ Eq. 35). Actor, critic and the reported return keep the dense on
 The paper tuned G so that about half of the transitions in the context are non-zero; G depends on the behavior
 policies, and a dataset's card (``omrl data``) tells its own share.
 
+With ``task_list: uniform`` the velocities are drawn for this family by its name, and are not those of
+``half-cheetah-vel``; the other lists are the same in both.
+
 Default: G = -0.1 (FOCAL++ Table 5 and the released configuration): within about 0.1 m/s of the velocity.
 """
 

@@ -36,7 +36,7 @@ from omrl.envs._rand_params import RandParams
 class WalkerRandParams(RandParams):
     """Walk with an unknown body."""
 
-    name = "walker-rand-params"
+    name = bodies = "walker-rand-params"
     env_id = "OMRL/WalkerRandParams-v0"
     xml = "walker2d.xml"
     observation_size = 17

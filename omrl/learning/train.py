@@ -182,7 +182,7 @@ def train(
     """Take ``config.steps`` gradient steps, going on from ``state`` if an earlier run left one.
 
     A row of the curve closes at every multiple of ``log_every`` and at the end of a phase; the state is saved at
-    the first row's end at or after each multiple of ``checkpoint_every``.
+    the first row's end that is ``checkpoint_every`` or more steps after the last save.
 
     Args:
         algorithm: the method.
