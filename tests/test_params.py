@@ -52,7 +52,7 @@ def test_the_params_of_the_project_are_sound(file):
     datasets = asked["dataset"]
     models = len(asked["algorithms"]) * len(datasets["train"]) * len(asked["seeds"])
     data = 2 * len(asked["shards"]) + len(datasets["levels"]) + len(asked["relabel"]) + len(asked["pairs"])
-    assert len(cells) == data + models * (1 + len(datasets["test"])) + 2 * len(asked["online"])
+    assert len(cells) == 4 + data + models * (1 + len(datasets["test"])) + 2 * len(asked["online"])
     assert sum(cell.startswith("evaluate@") for cell in cells) == models * len(datasets["test"])
 
 

@@ -365,9 +365,7 @@ def test_drawing_a_belief_at_every_step_is_refused_where_steps_are_read(tmp_path
     values["online"] = {"on": {"algorithm": "prompt-dt", "resample": "step", "posterior": "offline"}}
     file = tmp_path / "params.yaml"
     file.write_text(yaml.safe_dump(values))
-    with pytest.raises(
-        UserError, match=r"online\.on\.resample = step: algorithm 'prompt-dt' reads the"
-    ):
+    with pytest.raises(UserError, match=r"online\.on\.resample = step: algorithm 'prompt-dt' reads the"):
         check(file)
     values["online"] = {}
     values["evaluate"] = {
