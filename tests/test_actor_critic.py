@@ -250,6 +250,8 @@ CASES = {
     "both, clipped": regularized(value_penalty=True, alpha=2000.0),
     "constant": regularized(value_penalty=True, adaptive=False),
     "gradient penalty": regularized(penalty="gradient"),
+    "other weights": regularized(value_penalty=True, alpha_rate=0.3)
+    | {"tau": 0.1, "mean_weight": 0.2, "log_std_weight": 0.7},
     "one discriminator step": regularized(value_penalty=True, discriminator_steps=1),
     "mmd": near("mmd", sigma=0.5),
     "mmd, constant, gaussian": near("mmd", sigma=0.5, kernel="gaussian", samples=3, adaptive=False),
@@ -344,7 +346,7 @@ def test_one_step_is_the_equations(case, noise):
         elif r.in_policy:
             both = c_values(new["c"], action, rows["s"]), c_values(new["c"], rows["a"], rows["s"])
             loss += alpha * kl(*both).mean()
-        return float(loss + 1e-3 * (mean**2).mean() + 1e-3 * (log_std**2).mean())
+        return float(loss + chosen.mean_weight * (mean**2).mean() + chosen.log_std_weight * (log_std**2).mean())
 
     assert scalars["policy_loss"] == pytest.approx(policy_loss(), rel=1e-9)
     assert scalars["entropy"] == pytest.approx(-log_prob.mean(), rel=1e-9)
@@ -361,12 +363,12 @@ def test_one_step_is_the_equations(case, noise):
     for before, after, now in zip(
         old["target"].parameters(), agent.target.parameters(), online.parameters(), strict=True
     ):
-        torch.testing.assert_close(after, 0.995 * before + 0.005 * now.detach())
+        torch.testing.assert_close(after, (1 - chosen.tau) * before + chosen.tau * now.detach())
 
 
-@pytest.mark.parametrize("kind", ["value", "gradient"])
-def test_discriminator_loss_and_its_gradient(kind, noise):
-    agent = make(config(**regularized(penalty=kind)))
+@pytest.mark.parametrize(("kind", "weight"), [("value", 5.0), ("gradient", 5.0), ("value", 2.0)])
+def test_discriminator_loss_and_its_gradient(kind, weight, noise):
+    agent = make(config(**regularized(penalty=kind, penalty_weight=weight)))
     with torch.no_grad():
         agent.c.weights[-1].mul_(5 if kind == "value" else 10)  # |c|, and its slope, on both sides of 1
     b, z = batch(), embedding()
@@ -394,7 +396,7 @@ def test_discriminator_loss_and_its_gradient(kind, noise):
         size = np.abs(net(agent.c, x)[:, 0]) if kind == "value" else slope(x)
         assert 0 < (size > 1).sum() < len(size)
         estimate = kl(c_values(agent.c, action, rows["s"]), c_values(agent.c, rows["a"], rows["s"]))
-        return float(-estimate.mean() + 5 * (np.maximum(size - 1, 0) ** 2).mean())
+        return float(-estimate.mean() + weight * (np.maximum(size - 1, 0) ** 2).mean())
 
     got = agent.discriminator_loss(b, z)
     assert float(got.detach()) == pytest.approx(loss(), rel=1e-9)

@@ -147,6 +147,15 @@ def test_losses_belief_by_belief_and_drawn_beliefs_expect_the_same():
     assert np.mean(singles) == pytest.approx(error.item(), rel=1e-9)
 
 
+def test_the_kl_counts_with_its_weight():
+    found = []
+    for weight in (0.0, 0.5):
+        algorithm, source = make(kl_weight=weight, beliefs=0), data()
+        vae = algorithm.phases(400)[0]
+        found.append(algorithm.update(vae, Sampler(source, 0, CPU).draw(vae)))
+    assert float(found[1]["vae_loss"] - found[0]["vae_loss"]) == pytest.approx(0.5 * float(found[0]["kl"]), rel=1e-4)
+
+
 def test_padding_stands_behind_all_episodes_of_a_rollout():
     values = torch.arange(12.0).view(1, 4, 3)  # four episodes of up to three steps, two rollouts
     valid = torch.tensor([[[1.0, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]])

@@ -17,11 +17,13 @@ import pytest
 import torch
 from stable_baselines3 import SAC
 
-from omrl.behavior.base import BehaviorConfig, SacConfig
+from omrl.behavior.base import EVALUATION_EPISODES, BehaviorConfig, SacConfig, evaluate
 from omrl.behavior.checkpoints import load_actor
 from omrl.behavior.sb3 import make_model, save_checkpoint, train_task
+from omrl.core import seeding
 from omrl.core.errors import UserError
 from omrl.envs.base import load_family
+from omrl.envs.simulate import episodes
 
 CONFIG = BehaviorConfig(
     total_steps=60, checkpoint_every=30, horizon=20, sac=SacConfig(batch_size=16, learning_starts=20, net_arch=[16, 16])
@@ -149,3 +151,17 @@ def test_damaged_checkpoints_are_named(folder, tmp_path):
         archive.writestr("readme", "x")
     with pytest.raises(UserError, match=r"other\.zip"):
         load_actor(tmp_path / "other.zip")
+
+
+def test_a_policys_return_is_the_one_that_the_family_reports():
+    family = load_family("sparse-point-robot")
+    tasks = [family.sample(i, 0) for i in range(2)]
+
+    def act(observation: np.ndarray, t: int) -> np.ndarray:
+        return np.full((len(observation), 2), 0.5, dtype=np.float32)
+
+    starts = [seeding.generator(seed, "progress", i) for seed in (5, 6) for i in range(EVALUATION_EPISODES)]
+    ran = episodes(family.batch(tasks, EVALUATION_EPISODES), act, family.horizon, starts)
+    expected, other = (ran.returns(sparse).reshape(2, -1).mean(1) for sparse in (True, False))
+    np.testing.assert_array_equal(evaluate(family, tasks, [5, 6], act), expected)
+    assert (expected != other).all()

@@ -26,7 +26,7 @@ from omrl.evaluation.embeddings import (
     sample_embeddings,
     sparsity_curve,
 )
-from omrl.evaluation.protocols.base import Run, protocol
+from omrl.evaluation.protocols.base import Run, other_task, protocol
 from omrl.evaluation.protocols.ood_checkpoint import other_tasks_context
 from omrl.nets.experience import Experience
 
@@ -151,11 +151,35 @@ def test_an_agent_that_knows_the_goal_has_the_oracles_return():
 
 def test_a_task_is_evaluated_the_same_whoever_else_is():
     alone, _ = evaluate(GoalReader(), episodes=2, repetitions=2, places=[4])
-    assert {row["wrong_context_return"] for row in alone} != {0.0}  # NaN: there is no other task
+    assert all(math.isnan(row["wrong_context_return"]) for row in alone)  # there is no other task
     together = [row for row in read_goals(episodes=2, repetitions=2)[0] if row["task"] == 4]
     for row in [*together, *alone]:
         del row["wrong_context_return"]
     assert together == alone
+
+
+def test_the_other_task_is_the_next_of_the_split():
+    assert other_task(TASKS).tolist() == [1, 2, 0, 4, 3]
+
+
+def test_repetitions_have_streams_of_their_own():
+    run = Run(GoalReader(), FAMILY, buffers(), TASKS, None, ("test",), 0)
+    first = [[rng.random() for rng in run.streams(repetition)] for repetition in (0, 1)]
+    assert len({*first[0], *first[1]}) == 10
+
+
+def test_a_carried_belief_sees_the_familys_reward():
+    seen = []
+
+    class Sees(GoalReader):
+        def observe(self, belief: Any, step: Experience) -> Any:
+            seen.append(step.signal[:, 0])
+            return belief
+
+    goals = torch.tensor([t["parameters"]["goal"] for t in TASKS], dtype=torch.float32)
+    ran, _ = Run(Sees(), FAMILY, buffers(), TASKS, None, ("test",), 0).episode(goals, [np.random.default_rng(0)] * 5)
+    np.testing.assert_array_equal(torch.stack(seen, 1), ran.sparse_reward)
+    assert (ran.sparse_reward != ran.reward).any()
 
 
 def test_another_tasks_context_leads_to_its_goal():
@@ -163,7 +187,6 @@ def test_another_tasks_context_leads_to_its_goal():
     goals = np.array([t["parameters"]["goal"] for t in TASKS])
     for row in rows:
         if row["counted"]:
-            # the next task of the same split
             other = {0: 1, 1: 2, 2: 0, 3: 4, 4: 3}[row["task"]]
             far = np.linalg.norm(goals[row["task"]] - goals[other]) > 0.2
             assert far == (row["wrong_context_return"] < row["return"] - 1)
@@ -423,3 +446,59 @@ def test_own_contexts_are_compared_with_offline_ones_of_their_size():
 def test_embedding_variance_is_within_tasks():
     found = np.array([[[0.0, 0.0], [2.0, 0.0]], [[10.0, 5.0], [10.0, 5.0]]])
     assert embedding_variance(found) == pytest.approx((2 + 0 + 0 + 0) / 4)
+
+
+class Doubter(Searcher):
+    """Draws from a posterior far away, and counts what it is asked to draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn = 0
+        self.priors: list[bool] = []
+
+    def prior(self, tasks: int, rng: torch.Generator | None = None) -> Any:
+        self.priors.append(rng is not None)
+        return super().prior(tasks)
+
+    def sample(self, belief: Any, rng: torch.Generator) -> Any:
+        self.drawn += 1
+        return belief + 100
+
+
+@pytest.mark.parametrize(("posterior", "draws"), [("mean", 0), ("episode", 1), ("step", 20)])
+def test_online_prior_draws_from_the_posterior_as_often_as_asked(posterior, draws):
+    algorithm = Doubter()
+    evaluate(algorithm, "online-prior", repetitions=1, episodes=2, exploration_episodes=1, posterior=posterior)
+    acted = algorithm.acted[FAMILY.horizon : 2 * FAMILY.horizon]  # behind them comes the one told offline
+    assert all((float(z.min()) > 50) == (draws > 0) for z in acted)
+    assert algorithm.drawn == 2 * draws
+
+
+@pytest.mark.parametrize(
+    ("values", "drawn", "sizes"),
+    [
+        ({"prior": "none"}, 0, [0, 20, 40]),
+        ({"prior": "own"}, 2, [0, 0, 40]),
+        ({"prior": "own", "resample": "step"}, 40, [0, 0, 40]),
+    ],
+)
+def test_online_prior_explores_as_asked(values, drawn, sizes):
+    algorithm = Doubter()
+    rows, _ = evaluate(algorithm, "online-prior", repetitions=1, episodes=3, exploration_episodes=2, **values)
+    assert sum(algorithm.priors) == drawn
+    assert [row["context_transitions"] for row in rows if row["task"] == 4] == sizes
+
+
+def test_idaq_takes_no_later_episode_that_is_worse_than_those_kept():
+    class Lost(Searcher):
+        """Finds nothing in episodes of its own."""
+
+        def infer(self, context: Experience) -> torch.Tensor:
+            z = super().infer(context)
+            return z if float(context.signal.max()) == 7 else z * 0 + torch.tensor([0.0, -5.0])
+
+    values = {"episodes": 8, "exploration_episodes": 6, "prior_context": 5, "kept_share": 0.2}
+    rows, _ = evaluate(Lost(), "online-idaq", repetitions=1, **values)
+    own = [row for row in rows if row["task"] == 0]
+    assert max(row["return"] for row in own[:6]) > 0 == own[6]["return"]
+    assert own[6]["context_transitions"] == own[7]["context_transitions"]

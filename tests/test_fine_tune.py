@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from omrl.algorithms.base import Spec, create
+from omrl.algorithms.base import Draw, Phase, Spec, create
 from omrl.core.config import parse
 from omrl.core.errors import UserError
 from omrl.data.taskdata import TaskData
@@ -158,3 +158,24 @@ def test_a_wrong_value_is_refused_by_name(values):
     (key,) = values
     with pytest.raises(UserError, match=key):
         parse(fine_tune.CONFIG, values, "evaluate")
+
+
+def test_a_learner_takes_its_updates_from_its_last_steps_and_the_offline_context():
+    run = make_run("focal", buffer=50, first_update=1, updates=7)
+    learner = fine_tune.Learner(run, 1, np.arange(40), seed=0)
+    sub = Run(**{**vars(run), "tasks": run.tasks[1:2], "data": run.data.of([1])})
+    seen: list[tuple[int, set[Any], set[Any]]] = []
+
+    def look(draw: Any, steps: int, context: Any) -> Any:
+        drawn = draw(Phase("x", 1, 1, {"own": Draw(4000), "context": Draw(4000, source="context")}))
+        own, told = ({tuple(s) for s in drawn[name].observation[0].tolist()} for name in ("own", "context"))
+        seen.append((steps, own, told))
+        return learner.belief
+
+    learner.algorithm.fine_tune = look  # type: ignore[attr-defined]
+    for e in range(4):
+        learner.add(fine_tune._episode(sub, [learner], [np.random.default_rng(e)], None), 0)
+        learner.learn()
+    steps, own, told = seen[-1]
+    assert (steps, len(own)) == (7, 50)
+    assert told == {tuple(s) for s in run.data.observation[1, :40].tolist()}

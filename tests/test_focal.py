@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from omrl.algorithms.base import Draw, Spec, create, load_model, save_model
 from omrl.algorithms.focal import Focal, distance_metric_loss
 from omrl.core.errors import UserError
+from omrl.nets.encoders import gaussian_kl
 from omrl.nets.experience import Experience
 
 SIZES = Spec(2, 2, False)
@@ -491,3 +492,17 @@ def test_without_a_metric_loss_the_encoder_stays_as_it_was_and_the_policy_learns
     after = {name: module.state_dict() for name, module in algorithm.modules().items()}
     assert all(torch.equal(before["encoder"][key], value) for key, value in after["encoder"].items())
     assert any(not torch.equal(before["actor_critic"][key], value) for key, value in after["actor_critic"].items())
+
+
+def test_the_probabilistic_encoders_prior_has_the_given_width():
+    algorithm, batch = focal(encoder="probabilistic", prior_std=0.3), made_batch()
+    mean, variance = algorithm.encoder(algorithm.rows(batch["context"]))
+    expected = float(gaussian_kl(mean, variance, 0.3).detach())
+    assert float(update(algorithm, batch)["kl"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_actions_are_drawn_where_asked():
+    algorithm, z, s = focal(), torch.zeros(1, 3), torch.zeros(1, 2)
+    drawn = torch.cat([algorithm.act(z, s, torch.Generator().manual_seed(i)) for i in range(50)])
+    assert float(drawn.std(0).min()) > 0.1
+    assert torch.equal(algorithm.act(z, s), algorithm.act(z, s))

@@ -7,12 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
 
 from omrl import experiment as params
 from omrl.core.errors import UserError
 from omrl.core.yamlfile import Loader
+from omrl.data.parquet import write_table
 from omrl.provenance.lineage import trace
 from omrl.provenance.lockfile import Pipeline, find_pipeline, listing, md5_of, md5_of_listing
 from omrl.provenance.verify import verify
@@ -184,3 +186,22 @@ def test_verify_names_an_output_of_dvc_yaml_that_the_lock_lacks(made, stage):
     del lock["stages"][stage]
     (made / "dvc.lock").write_text(yaml.safe_dump(lock))
     assert f"does not record data/{stage}" in damage_of(made)["dvc.lock"]
+
+
+def test_a_mean_that_the_evaluations_do_not_give_is_told(made):
+    place = "data/evaluations/focal/expert/medium/0"
+    (made / "reports").mkdir()
+    (made / "reports/metrics.json").write_text(json.dumps({"focal": {"expert": {"medium": {"mean": 1.0}}}}))
+    rows = [("test", True, 2.0), ("test", False, 9.0), ("train", True, 9.0)]
+    table = [{"split": split, "counted": counted, "task": 4, "return": value} for split, counted, value in rows]
+    write_table(made / place / "episodes.parquet", pa.Table.from_pylist(table))
+    asked = [{"algorithm": "focal", "train": "expert", "test": "medium", "seed": 0}]
+    (made / "data/plan/cells.json").write_text(json.dumps(PLAN | {"evaluations": asked}))
+    lock = yaml.safe_load((made / "dvc.lock").read_text())
+    for stage, path in (("evaluate@0", place), ("report", "reports")):
+        out = {"path": path, "md5": "0" * 32 + ".dir", "size": 1}
+        lock["stages"][stage] = {"cmd": "python", "outs": [out]}
+    (made / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
+    found = trace(Pipeline(made), "focal/expert/medium")
+    assert found["facts"]["seed_means"] == {"0": 2.0}
+    assert any("says mean 1.0, the evaluations give 2.0" in problem for problem in found["problems"])

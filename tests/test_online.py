@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from omrl.algorithms.base import load_model
+from omrl.algorithms.pearl import Pearl
 from omrl.core.config import parse
 from omrl.core.errors import UserError
 from omrl.core.files import read_json, write_json, write_manifest
@@ -303,3 +304,60 @@ def test_early_ends_are_filled_up(pearl, monkeypatch):
     assert first["terminated"].sum() == 60 // 7
     assert first["step"].max() == 6
     assert first["truncated"].sum() == 1  # the last one was cut
+
+
+def test_rounds_draw_batches_starts_and_actions_of_their_own(pearl, monkeypatch):
+    seeds, calls = [], []
+    make, act = online.make_sampler, Pearl.act
+
+    def sampler(algorithm: Any, data: Any, seed: int) -> Any:
+        seeds.append(seed)
+        return make(algorithm, data, seed)
+
+    def acting(self: Pearl, belief: Any, observation: Any, rng: Any = None) -> Any:
+        calls.append((rng is not None, bool(belief["variance"].any())))
+        return act(self, belief, observation, rng)
+
+    monkeypatch.setattr(online, "make_sampler", sampler)
+    monkeypatch.setattr(Pearl, "act", acting)
+    folder = learn()
+    assert len(set(seeds)) == 3
+    rounds = [parquet.read_transitions(folder / f"collected={i:03d}.parquet") for i in range(3)]
+    assert len({tuple(columns["observation"][0]) for columns in rounds}) == 3
+    assert set(calls) == {(True, False)}  # actions are drawn, and beliefs are draws, from prior and posterior
+
+
+def test_a_learning_curve_is_of_the_snapshots_and_ends_at_the_tables_number(pearl):
+    folder = learn(keep=3)
+    build_evaluation(
+        name="on", train="expert", test="expert", seed=0, config=EvaluateConfig(),
+        settings=protocol("offline-context").CONFIG(episodes=3, repetitions=2), family=FAMILY, model=folder, code=CODE,
+        target="data/evaluations/on",
+    )  # fmt: skip
+    learned, episodes, trajectories = (
+        parquet.read_table(f"data/evaluations/on/{name}.parquet").to_pandas()
+        for name in ("learning", "episodes", "trajectories")
+    )
+    assert learned.groupby("step").size().to_dict() == {6: 6, 12: 6, 18: 6}
+    table = episodes[episodes["counted"]]["return"].tolist()
+    assert learned[learned["step"] == 18]["return"].tolist() == table
+    assert learned[learned["step"] == 6]["return"].tolist() != table
+    assert set(trajectories["task"]) == {2}  # the test task's
+
+
+@pytest.mark.parametrize("name", ["point-robot", "sparse-point-robot"])
+def test_evaluation_gives_inference_the_reward_of_the_family(pearl, monkeypatch, name):
+    family, seen = load_family(name), []
+    real = TaskData.load
+
+    def load(*args: Any, **kwargs: Any) -> TaskData:
+        seen.append(real(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(TaskData, "load", load)
+    build_evaluation(
+        name="m", train="expert", test="expert", seed=0, config=EvaluateConfig(),
+        settings=protocol("offline-context").CONFIG(episodes=1, repetitions=1), family=family,
+        model=Path("data/models/mine/expert/0"), code=CODE, target="data/evaluations/m",
+    )  # fmt: skip
+    assert [data.inference for data in seen] == [family.inference_reward]

@@ -61,6 +61,15 @@ def trained(steps: int, seed: int = 0, **values: Any) -> PromptDt:
     return algorithm
 
 
+def test_gradients_are_clipped_and_weights_decay():
+    algorithm, source = make(largest_gradient=1e-3, weight_decay=0.3), data()
+    assert algorithm.optimizer.param_groups[0]["weight_decay"] == 0.3
+    (phase,) = algorithm.phases(1)
+    algorithm.update(phase, Sampler(source.with_columns(algorithm.columns(source)), 0, algorithm.device).draw(phase))
+    norms = torch.stack([p.grad.norm() for p in algorithm.net.parameters() if p.grad is not None])
+    assert float(norms.norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_a_trained_model_keeps_the_scales_that_its_weights_know():
     algorithm, other = trained(2), data(seed=1)
     other = replace(other, observation=10 * other.observation, sparse_reward=10 * other.sparse_reward)

@@ -522,3 +522,29 @@ def test_returns_are_normalized_between_floor_and_oracle_or_the_best_at_hand(fam
     assert oracle > row["random_return"]
     assert family.normalize(row, oracle) == 1
     assert family.normalize(row, row["random_return"]) == 0
+
+
+_ACTOR_CRITIC = {"policy": "actor_rate", "q": "critic_rate", "v": "critic_rate"}
+RATES = {
+    "focal": _ACTOR_CRITIC | {"encoder": "encoder_rate"},
+    "focalpp": _ACTOR_CRITIC | {"encoder": "encoder_rate"},
+    "pearl": _ACTOR_CRITIC | {"encoder": "encoder_rate"},
+    "csro": _ACTOR_CRITIC | {"encoder": "encoder_rate", "club": "club_rate"},
+    "unicorn": _ACTOR_CRITIC | {"encoder": "encoder_rate", "decoder": "decoder_rate"},
+    "bc": {"encoder": "encoder_rate", "policy": "actor_rate"},
+    "borel": {"vae": "vae_rate", "policy": "actor_rate", "q": "critic_rate"},
+    "smac": {"q": "critic_rate", "context": "encoder_rate", "policy": "actor_rate"},
+    "macaw": {
+        "value": "value_rate", "policy": "policy_rate", "value_rates": "rate_rate", "policy_rates": "rate_rate",
+        "coefficient": "rate_rate",
+    },
+    "mt-ft": {"value": "value_rate", "policy": "policy_rate"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_every_optimizer_has_its_own_rate(name):
+    keys = RATES[name]
+    values = {key: 1e-3 * (i + 1) for i, key in enumerate(sorted(set(keys.values())))}
+    found = create(name, values, Spec(2, 2, False), 0, "cpu").optimizers()
+    assert {n: o.param_groups[0]["lr"] for n, o in found.items()} == {n: values[key] for n, key in keys.items()}

@@ -558,3 +558,8 @@ def test_weights_that_are_all_one_are_no_attention(rewarded, shown):
     nothing = pd.DataFrame()
     found = Evaluation("a", "b", "c", 0, Path(), nothing, nothing, nothing, {"attention": weights}, nothing)
     assert (found.attention is not None) == shown
+
+
+def test_the_behavior_policies_return_counts_every_episode_alike():
+    checkpoints = {"0": {"episodes": 1, "return": {"mean": 0.0}}, "9": {"episodes": 3, "return": {"mean": 4.0}}}
+    assert tables.behavior_rows({"a": {"checkpoints": checkpoints}}) == {"a": 3.0}

@@ -14,6 +14,7 @@ from batches import bag_of, meta_batch, moves_of, update
 from test_online import FAMILY, ONLINE, TASKS, hashes, learn, make_folder
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution, kl_divergence
 
+from omrl.algorithms import smac
 from omrl.algorithms.base import Spec, create, load_model
 from omrl.algorithms.smac import Smac, awac_weights, log_prob
 from omrl.core.errors import UserError
@@ -377,3 +378,35 @@ def test_drawing_a_belief_at_every_step_is_refused_where_steps_are_read(tmp_path
     values["algorithms"] = {"focal": {}}
     file.write_text(yaml.safe_dump(values))
     assert "evaluate@focal-expert-expert-0" in check(file)
+
+
+def test_rows_that_end_have_no_following_value_and_the_target_follows_at_its_rate():
+    batch = made_batch()
+    ended = {**batch, "transitions": replace(batch["transitions"], terminal=torch.ones(4, 8))}
+    one, two = (spread(make(gamma=gamma, reward_scale=3.0, tau=0.25)) for gamma in (0.9, 0.0))
+    before = copies(one.target)
+    assert torch.equal(update(one, ended)["q_loss"], update(two, batch)["q_loss"])
+    for was, now, goal in zip(before, copies(one.target), copies(one.q), strict=True):
+        torch.testing.assert_close(now, 0.75 * was + 0.25 * goal)
+
+
+def test_the_actors_weights_are_of_advantages(monkeypatch):
+    scores, values = [], []
+    algorithm, batch = spread(make()), made_batch()
+    smallest = algorithm._smallest
+
+    def weights(score: torch.Tensor, beta: float) -> torch.Tensor:
+        scores.append(score)
+        return torch.ones_like(score)
+
+    def of_critics(net: Any, state: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        found = smallest(net, state, action)
+        if net is algorithm.q:
+            values.append(found)
+        return found
+
+    monkeypatch.setattr(smac, "awac_weights", weights)
+    monkeypatch.setattr(algorithm, "_smallest", of_critics)
+    update(algorithm, batch)
+    own, drawn = values[:2]
+    assert torch.equal(scores[0], own - drawn)

@@ -99,6 +99,25 @@ def test_improvement_is_the_mann_whitney_statistic_of_each_task():
     assert improvement(second, first, 10, 0.9, rng).mean == pytest.approx(1 - expected)
 
 
+def test_the_interval_of_an_improvement_draws_seeds_of_both_and_tasks():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(4, 15)) + 0.3, rng.normal(size=(3, 15))
+    ahead = (first[:, None] > second[None]).astype(float)
+    draw = np.random.default_rng(5)
+    drawn = (np.ix_(*(draw.integers(n, size=n) for n in ahead.shape)) for _ in range(20_000))
+    expected = np.quantile([ahead[index].mean() for index in drawn], [0.05, 0.95])
+    found = improvement(first, second, 20_000, 0.9, np.random.default_rng(1))
+    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=0.02)
+
+
+def test_a_comparison_draws_the_seeds_of_both():
+    still = np.zeros((3, 20))
+    loud = still + np.array([[-3.0], [0.0], [3.0]])
+    for one, two in ((loud, still), (still, loud)):
+        found = compare(one, two, 2000, 0.95, np.random.default_rng(1))
+        assert found.high - found.low > 2
+
+
 def test_a_run_that_is_always_ahead_improves_for_certain_and_other_tasks_are_refused():
     low = np.zeros((2, 4))
     found = improvement(low + 1, low, 50, 0.9, np.random.default_rng(0))

@@ -520,3 +520,10 @@ def test_phases_that_do_not_sum_to_the_steps_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(Focal, "phases", lambda self, steps: [])
     with pytest.raises(UserError, match=rf"Focal\.phases\({settings().steps}\) gives 0 steps: expected meta_train"):
         train(*parts(), settings(), tmp_path / "state")
+
+
+def test_seeds_draw_batches_of_their_own(pipeline):
+    data = training.load_data({"transitions": "expert"}, [0, 1], "sparse", False)
+    algorithm = create("focal", {}, Spec(2, 2, False), 0, "cpu")
+    one, two = (training.make_sampler(algorithm, data, seed).generator.get_state() for seed in (0, 1))
+    assert not torch.equal(one, two)
