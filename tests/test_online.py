@@ -20,6 +20,7 @@ from omrl.core.files import read_json, write_json, write_manifest
 from omrl.data import parquet, schema
 from omrl.data.taskdata import TaskData
 from omrl.envs.base import load_family
+from omrl.evaluation.embeddings import rms
 from omrl.evaluation.evaluate import EvaluateConfig, build_evaluation
 from omrl.evaluation.protocols.base import protocol
 from omrl.learning import online, train
@@ -343,6 +344,29 @@ def test_a_learning_curve_is_of_the_snapshots_and_ends_at_the_tables_number(pear
     assert learned[learned["step"] == 18]["return"].tolist() == table
     assert learned[learned["step"] == 6]["return"].tolist() != table
     assert set(trajectories["task"]) == {2}  # the test task's
+    embeddings = parquet.read_table("data/evaluations/on/embeddings.parquet").to_pandas()
+    means = np.stack([np.stack(rows.tolist()).mean(0) for _, rows in embeddings.groupby("task")["embedding"]])
+    told = read_json("data/evaluations/on/diagnostics.json")["rms"]
+    assert told == pytest.approx(rms(means[:2].astype(np.float64)), rel=1e-4)  # of training tasks
+    assert told != pytest.approx(rms(means.astype(np.float64)), rel=1e-2)
+
+
+@pytest.mark.parametrize("context", ["offline", "all"])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_a_round_trains_on(pearl, monkeypatch, context, terminal):
+    seen, make = [], online.make_sampler
+
+    def sampler(algorithm: Any, data: Any, seed: int) -> Any:
+        seen.append(data)
+        return make(algorithm, data, seed)
+
+    monkeypatch.setattr(online, "make_sampler", sampler)
+    monkeypatch.setitem(globals(), "TRAINING", TRAINING.model_copy(update={"time_limit_terminal": terminal}))
+    learn(context=context)
+    assert [data["transitions"].rows for data in seen] == [ROWS + 60, ROWS + 120, ROWS + 180]
+    assert [data["context"].rows for data in seen if "context" in data] == [ROWS] * 3 * (context == "offline")
+    ends = seen[-1]["transitions"].terminal[0, ROWS:]
+    assert np.flatnonzero(ends).tolist() == (list(range(19, 180, 20)) if terminal else [])
 
 
 @pytest.mark.parametrize("name", ["point-robot", "sparse-point-robot"])
