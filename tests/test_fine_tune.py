@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from omrl.algorithms import macaw
 from omrl.algorithms.base import Draw, Phase, Spec, create
 from omrl.core.config import parse
 from omrl.core.errors import UserError
@@ -179,3 +180,29 @@ def test_a_learner_takes_its_updates_from_its_last_steps_and_the_offline_context
     steps, own, told = seen[-1]
     assert (steps, len(own)) == (7, 50)
     assert told == {tuple(s) for s in run.data.observation[1, :40].tolist()}
+
+
+def test_macaw_descends_the_value_loss_and_then_the_weighted_policys(monkeypatch):
+    run = make_run("macaw", {"tune_policy_updates": 3}, first_update=1, updates=4)
+    learner = fine_tune.Learner(run, 1, np.arange(40), seed=0)
+    sub = Run(**{**vars(run), "tasks": run.tasks[1:2], "data": run.data.of([1])})
+    learner.add(fine_tune._episode(sub, [learner], [np.random.default_rng(0)], None), 0)
+    stepped: list[Any] = []
+    imitated: list[torch.Tensor] = []
+    descend, imitation = macaw.descend, learner.algorithm.imitation
+
+    def descending(loss: torch.Tensor, *optimizers: Any) -> None:
+        stepped.extend(optimizers)
+        descend(loss, *optimizers)
+
+    def imitating(thetas: Any, rows: Any, weight: torch.Tensor) -> torch.Tensor:
+        imitated.append(weight)
+        return imitation(thetas, rows, weight)
+
+    monkeypatch.setattr(macaw, "descend", descending)
+    monkeypatch.setattr(learner.algorithm, "imitation", imitating)
+    learner.learn()
+    value, policy = (learner.algorithm._tuning[part] for part in ("value", "policy"))
+    assert stepped == [value] * 4 + [policy] * 12
+    assert len(imitated) == 12
+    assert all(float(weight.std()) > 0 for weight in imitated)
