@@ -148,6 +148,13 @@ TABLES = {
         "ESR: the share of training-task pairs farther apart than two random points of the cube.",
         "esr",
     ),
+    "focalpp-table-1-walker": _table_1(
+        "Walker-2D-Params",
+        "mixed",
+        [302.70, 366.35, 376.52, 375.67, 391.02],
+        [12.94, 55.08, 36.59, 45.72, 42.44],
+        "20 bodies to train on, 5 to test, which were drawn unseeded.",
+    ),
     "unicorn-table-2-cheetah-dir": _unicorn(
         "Half-Cheetah-Dir",
         {
@@ -161,5 +168,9 @@ TABLES = {
     "unicorn-table-2-cheetah-vel": _unicorn(
         "Half-Cheetah-Vel",
         {"unicorn": (-22, 1), "csro": (-28, 1), "focal": (-22, 1), "macaw": (-56, 2), "prompt-dt": (-118, 66)},
+    ),
+    "unicorn-table-2-walker": _unicorn(
+        "Walker-2D-Params",
+        {"unicorn": (419, 44), "csro": (310, 58), "focal": (308, 98), "macaw": (141, 9), "prompt-dt": (185, 9)},
     ),
 }
