@@ -76,8 +76,20 @@ def repro(
 
 
 @app.command(name="list")
-def list_() -> None:
-    """List environments, algorithms and evaluation protocols."""
+def list_(
+    name: Annotated[str | None, typer.Argument(help="a section of params.yaml, or what the list has; else all")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="write every key of params.yaml to this page")] = None,
+) -> None:
+    """List environments, algorithms and evaluation protocols; or show one, or a section, with its keys."""
+    if name is not None or markdown is not None:
+        from omrl import settings
+        from omrl.core.files import write_text
+
+        if name is not None:
+            print(for_terminal(settings.as_text(settings.entry(name))))
+        if markdown is not None:
+            write_text(markdown, settings.as_page())
+        return
     for title, package in (("environments", "omrl.envs"), ("algorithms", "omrl.algorithms")):
         print(f"{title}:")
         for name in registry.names(package):

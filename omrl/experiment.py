@@ -52,7 +52,13 @@ C = TypeVar("C", bound=BaseModel)
 
 
 class TasksConfig(Config):
-    """Section ``tasks``: the first ``train`` tasks are for meta-training, the next ``test`` are unseen."""
+    """Section ``tasks``.
+
+    Attributes:
+        train: how many tasks are for meta-training, the first of the family's list.
+        test: how many are unseen, the next ones, or the first of those that the family's list keeps for tests.
+        seed: of the draw, where the family's list is not a fixed one.
+    """
 
     train: Annotated[int, Field(ge=1, le=10_000)] = 20
     test: Annotated[int, Field(ge=1, le=10_000)] = 5
@@ -102,8 +108,29 @@ class Cells(TypedDict):
     evaluations: list[Evaluation]
 
 
-class _Top(Config):
-    """The keys of params.yaml, in stage order; the sections' own keys are checked by their classes."""
+class Top(Config):
+    """The keys of params.yaml, in stage order; the sections' own keys are checked by their classes.
+
+    Attributes:
+        repository: where the code lies, seen from the file's folder, or ``installed`` for the package.
+        env: the environment family: a name that ``omrl list`` shows, or a module of one's own.
+        env_config: what the family leaves open; its keys are the family's.
+        tasks: how many tasks, and which.
+        shards: first and last task of each group whose behavior policies are trained, and rolled out, in one cell.
+        seed: root of the random streams of behavior policies and data.
+        behavior: training of the behavior policies.
+        rollouts: what acts, and for how long.
+        dataset: quality levels, and which are trained and tested on.
+        relabel: relabelled sets, by name.
+        pairs: transitions of one dataset with contexts of another, by name.
+        algorithms: methods, by a name of one's own choice. The keys of an entry are its method's, and ``algorithm``,
+            which names the method where the entry's own name does not: so a method can stand here several times.
+        meta_train: steps and threads of meta-training.
+        online: models that learn on in the environment, by name.
+        evaluate: the protocol, with the protocol's own keys beside those of every evaluation.
+        seeds: of meta-training, one model each; ``omrl seeds`` writes many of them.
+        report: intervals, pictures, and what stands beside the numbers.
+    """
 
     repository: str = "."
     env: str
@@ -147,7 +174,7 @@ class _Top(Config):
         return value
 
 
-def read(path: str | Path = FILE) -> _Top:
+def read(path: str | Path = FILE) -> Top:
     """Read the file and check its top-level keys.
 
     Raises:
@@ -155,9 +182,9 @@ def read(path: str | Path = FILE) -> _Top:
     """
     values = read_yaml(path)
     for key in values if isinstance(values, dict) else ():  # first: a section with a typo is missing, too
-        if key not in _Top.model_fields:
-            raise UserError(f"{path}: {shown(key, 60, quote=False)}: unknown key; {suggest(key, _Top.model_fields)}")
-    return parse(_Top, values, f"{path}:")
+        if key not in Top.model_fields:
+            raise UserError(f"{path}: {shown(key, 60, quote=False)}: unknown key; {suggest(key, Top.model_fields)}")
+    return parse(Top, values, f"{path}:")
 
 
 @dataclass(frozen=True)
@@ -171,7 +198,7 @@ class Experiment:
 
     path: str | Path
     sections: frozenset[str]
-    _top: _Top
+    _top: Top
 
     def _given(self, section: Section) -> Any:
         if section not in self.sections:

@@ -27,7 +27,7 @@ FLOORS = [
     r"omrl\.report(\..*)?",
     r"omrl\.experiment",
     r"omrl\.running(\..*)?",
-    r"omrl\.(frontdoor|scaffold)(\..*)?",
+    r"omrl\.(frontdoor|scaffold|settings)(\..*)?",
     r"omrl\.cli",
     r"stages(\..*)?",
 ]

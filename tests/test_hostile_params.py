@@ -220,12 +220,12 @@ def test_a_section_that_was_not_asked_for_cannot_be_read():
 
 def test_every_section_has_a_type():
     sections = typing.get_args(experiment.Section)
-    assert set(sections) == set(experiment._Top.model_fields)
+    assert set(sections) == set(experiment.Top.model_fields)
     for section in sections:
         member = vars(experiment.Experiment)[section]
         function = member.fget if isinstance(member, property) else member.func
         assert "Any" not in function.__annotations__["return"], section
-    assert all(issubclass(cls, BaseModel) for cls in (experiment.TasksConfig, experiment._Top))
+    assert all(issubclass(cls, BaseModel) for cls in (experiment.TasksConfig, experiment.Top))
 
 
 @pytest.mark.parametrize(

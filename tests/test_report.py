@@ -221,6 +221,28 @@ def test_the_table_has_published_numbers_drops_and_references(folder):
     assert "offline-context" in text
 
 
+def test_a_report_has_the_title_that_params_give_it(folder):
+    """Several pipelines have one environment; without a title its name is the heading."""
+    page_text = (build(folder) / "index.html").read_text()
+    assert (folder / "reports/results.md").read_text().startswith("# sparse-point-robot\n")
+    assert "<h1>sparse-point-robot</h1>" in page_text
+    config = ReportConfig(bootstrap_samples=100, title="Mine & <yours>")
+    build_report(env="sparse-point-robot", family=FAMILY, config=config)
+    assert (folder / "reports/results.md").read_text().startswith("# Mine & <yours>\n\n")
+    page_text = (folder / "reports/index.html").read_text()
+    assert "<h1>Mine &amp; &lt;yours&gt;</h1>" in page_text
+    assert "sparse-point-robot &middot; " in page_text
+    with pytest.raises(UserError, match="title"):
+        parse(ReportConfig, {"title": "two\nlines"}, "params.yaml: report")
+
+
+def test_qualities_of_unicorn_stand_beside_its_names_and_beside_parts_of_a_run():
+    table = TABLES["unicorn-table-3-ant-dir"]
+    assert table.values["focal", "late", "late"] == table.values["focal", "expert", "expert"] == 229
+    assert table.spread["unicorn", "random", "random"] == 18
+    assert len(table.values) == 3 * 3 * 2
+
+
 def test_a_cell_may_stand_in_several_tables(folder, monkeypatch):
     """Two papers with one number are named together; other numbers and other quantities stand beside."""
     again = Published("A (B, 2020), Table 7", {("focal", "step-4800", "step-4800"): 9.5}, {}, "Anew.")
@@ -235,7 +257,7 @@ def test_a_cell_may_stand_in_several_tables(folder, monkeypatch):
     assert [(q.quantity, q.value, q.labels) for q in first.published] == [
         ("return", 8.16, "FOCAL, Table 6, FOCAL++, Table 3"), ("return", 9.5, "A, Table 7"), ("esr", 0.25, "C, Table 1")
     ]  # fmt: skip
-    facts = {"env": "x", "returns": "sparse", "horizon": 20, "test_tasks": 2, "seeds": 2, "protocol": "p",
+    facts = {"title": "t", "env": "x", "returns": "sparse", "horizon": 20, "test_tasks": 2, "seeds": 2, "protocol": "p",
              "other_form": "Eq. 35"}  # fmt: skip
     text = tables.markdown(rows, {}, {}, config, facts)
     line = next(line for line in text.splitlines() if line.startswith("| focal | step-4800 | step-4800"))

@@ -69,8 +69,8 @@ class PromptDtConfig(Config):
         window: steps that it looks back on, the present one included.
         prompt_segments, prompt_length: of the prompt.
         prompt_from: a segment is the ``end`` of an episode, or a ``window`` from a random step on.
-        target_return: wanted in tests, in units of the reward; None for the best of ``target_from``: the training
-            ``data`` or the ``prompt``.
+        target_return: wanted in tests, in units of the reward; None for the best of ``target_from``.
+        target_from: without a ``target_return``: the best episode of the training ``data``, or of the ``prompt``.
         rate, warmup: Adam's, and the updates over which it rises to that.
         weight_decay: AdamW's.
         largest_gradient: its norm is clipped to that.

@@ -76,7 +76,7 @@ class DatasetConfig(Config):
         train: datasets to meta-train on, one cell each.
         test: datasets that the context of the test tasks comes from.
         transitions_per_task: rows of every task in every dataset.
-        levels: name -> definition; a name of ``NAMES`` has the definition there.
+        levels: name -> definition; random, medium, expert, mixed and replay have theirs, see docs/data.md.
     """
 
     train: Annotated[list[str], Field(min_length=1, max_length=1000)]

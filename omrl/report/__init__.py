@@ -15,12 +15,14 @@ class ReportConfig(Config):
     """Section ``report``.
 
     Attributes:
+        title: heading of the page and of results.md; the environment's name if it is empty.
         bootstrap_samples: replicates behind each interval.
         confidence: of the intervals.
         embedding: projection of the task embeddings to the plane.
-        published: names of published tables to stand beside ours, or one name, see ``omrl.report.published``.
+        published: names of published tables to stand beside ours, or one name; ``omrl list report`` shows them.
     """
 
+    title: Annotated[str, Field(max_length=100, pattern=r"^[^\n\r]*$")] = ""
     bootstrap_samples: Annotated[int, Field(ge=10, le=1_000_000)] = 2000
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     embedding: Literal["pca", "tsne"] = "pca"

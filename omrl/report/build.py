@@ -237,8 +237,10 @@ def _facts(
     everything: dict[str, Any],
     cards: dict[str, Any],
     evaluations: list[tables.Evaluation],
+    title: str,
 ) -> dict[str, Any]:
     return {
+        "title": title or env,
         "env": env,
         "returns": family.returns,
         "horizon": family.horizon,
@@ -291,7 +293,7 @@ def build_report(*, env: str, family: Family, config: ReportConfig, target: str 
     rows = tables.table_rows(evaluations, config)
     references = tables.reference_rows(family, tasks, progress, "script" if scripted else "single-task SAC")
     behavior = tables.behavior_rows(cards)
-    facts = _facts(env, family, everything, cards, evaluations)
+    facts = _facts(env, family, everything, cards, evaluations, config.title)
     environment = scene.picture(family, tasks[0]["parameters"])
     curves = {} if scripted else progress  # nothing was learned
     pictures = _pictures(rows, evaluations, references, cards, curves, family, tasks, config, environment)

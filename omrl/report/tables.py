@@ -392,9 +392,10 @@ def markdown(
     for quantity in compared:
         titles += ["published", "ours - published"] if quantity == "return" else [f"{quantity}, published", quantity]
     lines = [
-        f"# {facts['env']}",
+        f"# {facts['title']}",
         "",
-        f"{facts['returns'].capitalize()} return over {facts['horizon']} steps on {facts['test_tasks']} unseen tasks, "
+        f"{facts['returns'].capitalize()} return over {facts['horizon']} steps on {facts['test_tasks']} unseen tasks "
+        f"of {facts['env']}, "
         f"{facts['seeds']} seed(s); protocol `{facts['protocol']}`. Interval: {percent} "
         "bootstrap over tasks and whole seeds." + (" Normalized: 0 random, 1 oracle." if "oracle" in references else "")
         + "".join(f" {meaning}" for _, meaning, _ in further if meaning),

@@ -1,0 +1,298 @@
+"""What may stand in a params.yaml: every key with its values, its default and its meaning.
+
+All of it is read off the configuration classes and their docstrings, which are what params.yaml is checked against, so
+that it cannot differ from what is accepted.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omrl.core import registry
+from omrl.core.config import Config
+from omrl.core.errors import UserError, shown, suggest
+from omrl.experiment import TasksConfig, Top
+from omrl.report.published import TABLES
+
+_ALGORITHMS, _FAMILIES, _PROTOCOLS = "omrl.algorithms", "omrl.envs", "omrl.evaluation.protocols"
+_WIDTH = 110  # of lines on a terminal
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key.
+
+    Attributes:
+        name: with dots where it stands inside another: ``sac.tau``.
+        values: what it takes.
+        default: as it would stand in the file, or ``required``.
+        meaning: of it.
+    """
+
+    name: str
+    values: str
+    default: str
+    meaning: str
+
+
+def keys(cls: type[Config], prefix: str = "") -> list[Key]:
+    """Return the keys of a configuration class in its order; those of a class inside it follow it, with a dot."""
+    return list(_keys(cls, prefix))
+
+
+def _keys(cls: type[Config], prefix: str) -> Iterator[Key]:
+    schema = cls.model_json_schema()
+    defs = schema.get("$defs", {})
+    meanings = meanings_of(cls)
+    for name, field in cls.model_fields.items():
+        default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
+        yield Key(prefix + name, _values(schema["properties"][name], defs), default, meanings.get(name, ""))
+        for inner, step in _inner(field.annotation, ""):
+            yield from _keys(inner, f"{prefix}{name}{step}.")
+
+
+def _inner(annotation: Any, step: str) -> Iterator[tuple[type[Config], str]]:
+    """Yield configuration classes inside an annotation, with what stands between: nothing, or a name of one's own."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        yield annotation, step
+    named = ".<name>" if getattr(annotation, "__origin__", None) is dict else step
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _inner(argument, named)
+
+
+def meanings_of(cls: type[Config]) -> dict[str, str]:
+    """Return key -> meaning from the ``Attributes`` of the docstrings of a class and of its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, _, listed = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("Attributes:\n")
+        for names, text in re.findall(r"^    (\w+(?:, \w+)*): (.*\n?(?:^     .*\n?)*)", listed, re.M):
+            found |= dict.fromkeys(names.split(", "), re.sub(r"\bNone\b", "null", " ".join(text.split())))
+    return found
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, Config):
+        return "its keys'"
+    if isinstance(value, str):
+        return value or "''"
+    return json.dumps(value)
+
+
+def _values(schema: dict[str, Any], defs: dict[str, Any]) -> str:
+    options = list(dict.fromkeys(_options(schema, defs)))
+    return options[0] if len(options) == 1 else f"{', '.join(options[:-1])} or {options[-1]}"
+
+
+def _options(schema: dict[str, Any], defs: dict[str, Any]) -> list[str]:
+    """Return in words what a JSON schema lets pass, one entry for each alternative."""
+    if "$ref" in schema:
+        schema = defs[schema["$ref"].rsplit("/", 1)[1]]
+    if "anyOf" in schema:
+        return [option for inner in schema["anyOf"] for option in _options(inner, defs)]
+    if "enum" in schema or "const" in schema:
+        return [f"`{_default(value)}`" for value in schema.get("enum", [schema.get("const")])]
+    if schema.get("type") == "array":
+        return ["list of " + re.sub(r"\bnumber\b", "numbers", _values(schema["items"], defs))]
+    if schema.get("type") == "object" and "properties" in schema:
+        return ["the keys below"]
+    if schema.get("type") == "object":
+        inner = schema.get("additionalProperties")
+        return [f"names, each with {_values(inner, defs)}" if isinstance(inner, dict) else "a mapping"]
+    words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
+    kind = schema.get("type", "anything")
+    return [words.get(kind, kind) + _range(schema)]
+
+
+def _range(schema: dict[str, Any]) -> str:
+    words = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    bounds = {word: schema[key] for key, word in words.items() if key in schema}
+    said = {word: f"{int(bound):,}" if bound == int(bound) else f"{bound}" for word, bound in bounds.items()}
+    if set(said) == {"from", "at most"}:
+        return f" ({said['from']} to {said['at most']})"
+    return f" ({', '.join(f'{word} {bound}' for word, bound in said.items())})" if said else ""
+
+
+def sections() -> dict[str, type[Config]]:
+    """Return the sections of params.yaml that have keys of their own, with their classes, in the file's order."""
+    from omrl.behavior.base import BehaviorConfig
+    from omrl.behavior.rollouts import RolloutsConfig
+    from omrl.data.pairs import PairConfig
+    from omrl.data.quality import DatasetConfig
+    from omrl.data.relabel import RelabelConfig
+    from omrl.evaluation.evaluate import EvaluateConfig
+    from omrl.learning.online import OnlineConfig
+    from omrl.learning.train import MetaTrainConfig
+    from omrl.report import ReportConfig
+
+    return {
+        "tasks": TasksConfig,
+        "behavior": BehaviorConfig,
+        "rollouts": RolloutsConfig,
+        "dataset": DatasetConfig,
+        "relabel": RelabelConfig,
+        "pairs": PairConfig,
+        "meta_train": MetaTrainConfig,
+        "online": OnlineConfig,
+        "evaluate": EvaluateConfig,
+        "report": ReportConfig,
+    }
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What there is to say of a section, an environment, an algorithm or a protocol.
+
+    Attributes:
+        name: of it.
+        prose: its docstring.
+        place: where its keys stand in params.yaml; empty at the top of the file.
+        keys: of it.
+    """
+
+    name: str
+    prose: str
+    place: str
+    keys: list[Key]
+
+
+def entry(name: str) -> Entry:
+    """Return what there is to say of ``name``.
+
+    Args:
+        name: a key at the top of params.yaml, an environment, an algorithm or an evaluation protocol; with a dot in
+            it, the module of an algorithm or an environment of one's own.
+
+    Raises:
+        UserError: there is nothing of that name.
+    """
+    if name in Top.model_fields:
+        return _section(name)
+    if name in registry.names(_PROTOCOLS):
+        module = registry.load(_PROTOCOLS, name)
+        return Entry(name, _prose(module), "evaluate", keys(module.CONFIG))
+    algorithms, families = registry.names(_ALGORITHMS), registry.names(_FAMILIES)
+    if name in algorithms:
+        return _algorithm(name)
+    if name in families:
+        return _family(name)
+    if "." in name:
+        module = registry.load(_ALGORITHMS, name, "algorithm or environment")
+        return _family(name) if hasattr(module, "FAMILY") else _algorithm(name)
+    known = [*Top.model_fields, *families, *algorithms, *registry.names(_PROTOCOLS)]
+    raise UserError(f"{shown(name)}: no section, environment, algorithm or protocol; {suggest(name, known)}")
+
+
+def _section(name: str) -> Entry:
+    (key,) = (key for key in keys(Top) if key.name == name)
+    if name not in sections():
+        return Entry(name, "", "", [key])
+    place = f"{name}.<name>" if key.values.startswith("names") else name
+    prose = key.meaning[0].upper() + key.meaning[1:]
+    if name == "report":
+        listed = (f"* `{k}`: {table.citation}" for k, table in TABLES.items())
+        prose = "\n".join([f"{prose} Published tables:", "", *listed])
+    return Entry(name, prose, place, keys(sections()[name]))
+
+
+def _algorithm(name: str) -> Entry:
+    from omrl.algorithms.base import algorithm_module
+
+    module = algorithm_module(name)
+    return Entry(name, _prose(module), "algorithms.<name>", keys(module.CONFIG))
+
+
+def _family(name: str) -> Entry:
+    from omrl.envs.base import family_class
+
+    cls = family_class(name)
+    return Entry(name, _prose(inspect.getmodule(cls)), "env_config", keys(cls.CONFIG))
+
+
+def _prose(thing: object) -> str:
+    """Return the docstring of a module or class without its list of attributes."""
+    text = inspect.cleandoc(getattr(thing, "__doc__", None) or "").partition("Attributes:\n")[0]
+    return text.replace("``", "`").strip()
+
+
+def as_text(found: Entry) -> str:
+    """Return an entry for a terminal: its docstring, then every key."""
+    lines = [found.prose, ""] if found.prose else []
+    if found.place:
+        lines += [f"{found.place}:" if found.keys else f"{found.place}: no keys of its own"]
+    for key in found.keys:
+        default = "required" if key.default == "required" else f"default {key.default}"
+        lines.append(f"  {key.name}: {key.values}; {default}".replace("`", ""))
+        meaning = key.meaning.replace("`", "")
+        lines += textwrap.wrap(meaning, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def as_page() -> str:
+    """Return the page docs/params.md: every key of params.yaml, and of every method, environment and protocol."""
+    lines = [
+        "# Every key of params.yaml",
+        "",
+        "This page is generated: `omrl list --markdown docs/params.md`. It is read off the classes that a params.yaml "
+        "is checked against. `omrl list <name>` shows one section, method, environment or protocol on a terminal, "
+        "yours included; `omrl check` checks a file. A key with a dot stands inside another: `sac.tau` is `tau` in "
+        "the mapping `sac`, and `<name>` is a name of your choice.",
+        "",
+        "## The file",
+        "",
+        *_table(keys(Top)),
+    ]
+    for name in sections():
+        found = _section(name)
+        lines += ["", f"## {found.place}", "", found.prose, "", *_table(found.keys)]
+    lines += ["", "## Methods", "", "Keys of an entry of `algorithms`. See [algorithms.md](algorithms.md)."]
+    classes: dict[str, type[Config]] = {}
+    for name in registry.own_names(_ALGORITHMS):
+        classes[name] = registry.load(_ALGORITHMS, name).CONFIG
+    for name, cls in classes.items():
+        lines += ["", f"### {name}", "", *_beside(name, cls, classes)]
+    lines += [
+        "",
+        "## Environments",
+        "",
+        "Keys of `env_config`. See [environments.md](environments.md); `omrl list <name>` shows the "
+        "module that a meaning points to.",
+    ]
+    alike: dict[tuple[Key, ...], list[str]] = {}
+    for name in registry.own_names(_FAMILIES):
+        alike.setdefault(tuple(_family(name).keys), []).append(name)
+    for same, names in alike.items():
+        lines += ["", f"### {', '.join(names)}", "", *(_table(same) or ["No keys."])]
+    lines += ["", "## Evaluation protocols", "", "Keys of `evaluate`, beside those that every protocol has."]
+    for name in registry.own_names(_PROTOCOLS):
+        found = entry(name)
+        lines += ["", f"### {name}", "", found.prose.splitlines()[0], "", *_table(found.keys)]
+    return "\n".join(lines) + "\n"
+
+
+def _beside(name: str, cls: type[Config], classes: dict[str, type[Config]]) -> list[str]:
+    """Return the summary of a method and its keys; those that another method has alike are only referred to."""
+    summary = [_prose(registry.load(_ALGORITHMS, name)).splitlines()[0], ""]
+    bases = [other for other, base in classes.items() if base is not cls and issubclass(cls, base)]
+    if not bases:
+        return summary + _table(keys(cls))
+    nearest = max(bases, key=lambda other: len(classes[other].__mro__))
+    known = keys(classes[nearest])
+    own = [key for key in keys(cls) if key not in known]
+    return [*summary, f"All keys of [{nearest}](#{nearest}), and:", "", *_table(own)]
+
+
+def _table(listed: Sequence[Key]) -> list[str]:
+    if not listed:
+        return []
+    rows = [f"| `{k.name}` | {k.values} | {_code(k.default)} | {k.meaning} |".replace("``", "`") for k in listed]
+    return ["| key | values | default | meaning |", "|---|---|---|---|", *rows]
+
+
+def _code(default: str) -> str:
+    return default if default in ("required", "its keys'") else f"`{default}`"
