@@ -78,7 +78,7 @@ def meanings_of(cls: type[Config]) -> dict[str, str]:
 
 def _default(value: Any) -> str:
     if isinstance(value, Config):
-        return "its keys'"
+        return "as below"
     if isinstance(value, str):
         return value or "''"
     return json.dumps(value)
@@ -104,8 +104,10 @@ def _options(schema: dict[str, Any], defs: dict[str, Any]) -> list[str]:
     if schema.get("type") == "object":
         inner = schema.get("additionalProperties")
         return [f"names, each with {_values(inner, defs)}" if isinstance(inner, dict) else "a mapping"]
-    words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
     kind = schema.get("type", "anything")
+    if kind == "boolean":
+        return ["`true`", "`false`"]
+    words = {"integer": "whole number", "string": "text", "null": "`null`"}
     return [words.get(kind, kind) + _range(schema)]
 
 
@@ -250,49 +252,65 @@ def as_page() -> str:
     for name in sections():
         found = _section(name)
         lines += ["", f"## {found.place}", "", found.prose, "", *_table(found.keys)]
-    lines += ["", "## Methods", "", "Keys of an entry of `algorithms`. See [algorithms.md](algorithms.md)."]
-    classes: dict[str, type[Config]] = {}
+    return "\n".join([*lines, *_methods(), *_environments(), *_protocols()]) + "\n"
+
+
+def _methods() -> list[str]:
+    from omrl.nets.actor_critic import ActorCriticConfig
+
+    shared = "regularized actor-critic"
+    lines = ["", "## Methods", "", "Keys of an entry of `algorithms`. See [algorithms.md](algorithms.md)."]
+    lines += ["", f"### {shared}", "", "Keys that several methods have.", "", *_table(keys(ActorCriticConfig))]
+    known: dict[str, type[Config]] = {shared: ActorCriticConfig}
+    known |= {name: registry.load(_ALGORITHMS, name).CONFIG for name in registry.own_names(_ALGORITHMS)}
     for name in registry.own_names(_ALGORITHMS):
-        classes[name] = registry.load(_ALGORITHMS, name).CONFIG
-    for name, cls in classes.items():
-        lines += ["", f"### {name}", "", *_beside(name, cls, classes)]
-    lines += [
+        lines += ["", f"### {name}", "", _algorithm(name).prose.splitlines()[0], "", *_beside(known[name], known)]
+    return lines
+
+
+def _beside(cls: type[Config], known: dict[str, type[Config]]) -> list[str]:
+    """Return the keys of a method; those that it has as the nearest of its bases has them are only referred to."""
+    bases = [name for name, base in known.items() if base is not cls and issubclass(cls, base)]
+    if not bases:
+        return _table(keys(cls))
+    nearest = max(bases, key=lambda name: len(known[name].__mro__))
+    alike = keys(known[nearest])
+    own = [key for key in keys(cls) if key not in alike]
+    link = f"[{nearest}](#{nearest.replace(' ', '-')})"
+    return [f"All keys of {link}, and these, which are new or have another default:", "", *_table(own)]
+
+
+def _environments() -> list[str]:
+    lines = [
         "",
         "## Environments",
         "",
-        "Keys of `env_config`. See [environments.md](environments.md); `omrl list <name>` shows the "
-        "module that a meaning points to.",
+        "Keys of `env_config`. See [environments.md](environments.md); where a meaning ",
     ]
+    lines[-1] += "points to a module, `omrl list <name>` shows what stands there."
     alike: dict[tuple[Key, ...], list[str]] = {}
     for name in registry.own_names(_FAMILIES):
         alike.setdefault(tuple(_family(name).keys), []).append(name)
     for same, names in alike.items():
         lines += ["", f"### {', '.join(names)}", "", *(_table(same) or ["No keys."])]
-    lines += ["", "## Evaluation protocols", "", "Keys of `evaluate`, beside those that every protocol has."]
+    return lines
+
+
+def _protocols() -> list[str]:
+    lines = ["", "## Evaluation protocols", "", "Keys of `evaluate`, beside those that every evaluation has."]
     for name in registry.own_names(_PROTOCOLS):
         found = entry(name)
         lines += ["", f"### {name}", "", found.prose.splitlines()[0], "", *_table(found.keys)]
-    return "\n".join(lines) + "\n"
-
-
-def _beside(name: str, cls: type[Config], classes: dict[str, type[Config]]) -> list[str]:
-    """Return the summary of a method and its keys; those that another method has alike are only referred to."""
-    summary = [_prose(registry.load(_ALGORITHMS, name)).splitlines()[0], ""]
-    bases = [other for other, base in classes.items() if base is not cls and issubclass(cls, base)]
-    if not bases:
-        return summary + _table(keys(cls))
-    nearest = max(bases, key=lambda other: len(classes[other].__mro__))
-    known = keys(classes[nearest])
-    own = [key for key in keys(cls) if key not in known]
-    return [*summary, f"All keys of [{nearest}](#{nearest}), and:", "", *_table(own)]
+    return lines
 
 
 def _table(listed: Sequence[Key]) -> list[str]:
     if not listed:
         return []
-    rows = [f"| `{k.name}` | {k.values} | {_code(k.default)} | {k.meaning} |".replace("``", "`") for k in listed]
+    fields = [[f"`{k.name}`", k.values, _code(k.default), k.meaning.replace("``", "`")] for k in listed]
+    rows = [f"| {' | '.join(field.replace('|', r'&#124;') for field in row)} |" for row in fields]
     return ["| key | values | default | meaning |", "|---|---|---|---|", *rows]
 
 
 def _code(default: str) -> str:
-    return default if default in ("required", "its keys'") else f"`{default}`"
+    return default if default in ("required", "as below") else f"`{default}`"

@@ -64,13 +64,13 @@ class Example(Base):
 def test_every_form_of_a_key():
     assert settings.keys(Example) == [
         settings.Key("kind", "`a` or `b`", "a", "one of two, with a meaning that goes on."),
-        settings.Key("other", "`a`, `b` or null", "null", "here it means something else."),
-        settings.Key("sizes", "list of whole numbers (1 to 4,096) or null", "null", "units; null for ``kind``'s."),
-        settings.Key("inner", "the keys below", "its keys'", "a class."),
+        settings.Key("other", "`a`, `b` or `null`", "null", "here it means something else."),
+        settings.Key("sizes", "list of whole numbers (1 to 4,096) or `null`", "null", "units; null for ``kind``'s."),
+        settings.Key("inner", "the keys below", "as below", "a class."),
         settings.Key("inner.rate", "number (above 0, below 0.5)", "0.25", "of it."),
         settings.Key("many", "names, each with the keys below", "required", "by name."),
         settings.Key("many.<name>.rate", "number (above 0, below 0.5)", "0.25", "of it."),
-        settings.Key("flag", "true or false", "false", ""),
+        settings.Key("flag", "`true` or `false`", "false", ""),
         settings.Key("least", "number (from -1)", "0.0", ""),
     ]
     assert settings.as_text(settings.Entry("x", "Text.", "x", settings.keys(Inner))) == (
@@ -114,7 +114,10 @@ def test_the_page_is_what_the_classes_say():
     assert page == settings.as_page()
     assert all(f"`{name}`" in page for name in TABLES)
     assert page.count("| `metric_power` |") == 1  # FOCAL's; what builds on it refers to it
-    assert "All keys of [focal](#focal), and:" in page
+    assert "All keys of [focal](#focal), and these" in page
+    assert page.count("| `regularization.kind` |") == 1  # the regularized actor-critic's, which FOCAL refers to
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert {row.count("|") for row in rows} == {5}  # no bar of a formula splits a field
 
 
 def test_the_command_shows_a_name_and_one_of_ones_own_and_refuses_others(tmp_path):
