@@ -704,6 +704,12 @@ def cells(path: str | Path = FILE) -> Cells:
     return _cells(load("shards", "dataset", "relabel", "pairs", "algorithms", "seeds", "online", path=path))
 
 
+def plan_files(path: str | Path = FILE) -> dict[str, Any]:
+    """Return what stage ``plan`` writes, file name -> content."""
+    plan = cells(path)
+    return {"shards.json": {"shards": plan["shards"]}, "cells.json": plan, "checked.json": {"sound": True}}
+
+
 def _cells(x: Experiment) -> Cells:
     models = [
         Model(algorithm=algorithm, train=train, seed=seed)

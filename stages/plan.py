@@ -15,7 +15,7 @@ from pathlib import Path
 
 from omrl.core import layout
 from omrl.core.files import write_json, write_manifest
-from omrl.experiment import cells, check
+from omrl.experiment import check, plan_files
 from stages import run
 
 
@@ -35,7 +35,8 @@ def prune(folder: Path, keep: set[Path]) -> None:
 def main() -> None:
     """Write data/plan/; prune."""
     check()
-    plan = cells()
+    contents = plan_files()
+    plan = contents["cells.json"]
     prune(layout.DATA / "behavior", {layout.behavior(shard) for shard in plan["shards"]})
     prune(layout.DATA / "rollouts", {layout.rollouts(shard) for shard in plan["shards"]})
     prune(layout.DATA / "datasets", {layout.datasets(name) for name in [*plan["datasets"], *plan["pairs"]]})
@@ -43,7 +44,6 @@ def main() -> None:
     prune(layout.ONLINE, {layout.online(name) for name in plan["online"]})
     own = {layout.evaluations(**cell) for cell in plan["evaluations"] if cell["algorithm"] not in plan["online"]}
     prune(layout.DATA / "evaluations", own | {layout.evaluated_online(name) for name in plan["online"]})
-    contents = {"shards.json": {"shards": plan["shards"]}, "cells.json": plan, "checked.json": {"sound": True}}
     folder = layout.DATA / "plan"
     for name, content in contents.items():
         write_json(folder / name, content)

@@ -471,3 +471,29 @@ def test_a_dry_run_says_what_an_edit_of_the_code_reruns(project):
     assert "data/code/algorithms/focal.json will be another" in lines[1]
     ran = project.omrl("repro", SMOKE).stderr
     assert f"{len(told)} cells run" in ran
+
+
+@pytest.mark.e2e
+def test_a_dry_run_says_what_an_edit_of_the_params_reruns(project):
+    """An edit reruns the plan; whether anything else follows depends on what the plan then says."""
+    params = project.smoke / "params.yaml"
+    text = params.read_text()
+
+    def told(edited: str) -> dict[str, str]:
+        params.write_text(edited)
+        lines = project.omrl("repro", SMOKE, "--dry").stdout.splitlines()[:-1]
+        return {line.partition(": ")[0].split()[-1]: line.split()[0] for line in lines}
+
+    assert told(text.replace("samples: 200 }", "samples: 200, confidence: 0.9 }")) == {"plan": "runs", "report": "runs"}
+    assert told(f"# a comment\n{text}") == {}
+    swapped = text.replace("train: [expert, relabelled]", "train: [medium, relabelled]")
+    assert swapped != text
+    cells = told(swapped)
+    assert all(cell in ("plan", "report") or "-medium-" in cell for cell in cells), cells
+    assert "meta_train@focal-medium-0" in cells
+    ran = project.omrl("repro", SMOKE).stderr
+    assert f"{len(cells)} cells run" in ran
+    params.write_text(text.replace("train: [expert, relabelled]", "train: [expart, relabelled]"))
+    refused = project.omrl("repro", SMOKE, "--dry", check=False)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "expart" in refused.stderr

@@ -14,7 +14,7 @@ import omrl
 from omrl.core import layout
 from omrl.core.errors import UserError
 from omrl.core.files import read_json, write_json, write_text
-from omrl.experiment import INSTALLED, code_units, load
+from omrl.experiment import INSTALLED, check, code_units, load, plan_files
 from omrl.experiment import read as read_params
 from omrl.provenance.fingerprint import fingerprint
 from omrl.provenance.lockfile import LOCK
@@ -22,6 +22,8 @@ from omrl.running.child import joined, split_lock
 
 FIRST = ("plan", "code")  # they write what running cells read, so they run alone, before all others
 ALL_CORES = ("behavior", "rollouts")  # one process per core
+_PLAN = layout.DATA / "plan"
+_TOLD = (f"{_PLAN}/", f"{layout.CODE}/")
 _SHOWN = 3  # paths named in a reason
 
 
@@ -33,13 +35,13 @@ class Graph:
         reads: cell -> the cells whose outputs it reads, in the order in which ``dvc repro`` runs cells.
         reasons: cell -> why it is not up to date, for those that are not.
         threads: stage -> threads that one of its cells computes with, where that is not one.
-        code: cell -> the fingerprint files that it reads.
+        told: cell -> the files that it reads of stages ``plan`` and ``code``, which can be told without a run.
     """
 
     reads: Mapping[str, tuple[str, ...]]
     reasons: Mapping[str, str]
     threads: Mapping[str, int] = field(default_factory=dict)
-    code: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    told: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def behind(self, cells: set[str]) -> set[str]:
         """Return all cells that read, directly or not, an output of one of ``cells``."""
@@ -74,8 +76,7 @@ def read_graph(folder: Path) -> Graph:
             locked = set(lock_order(Path()))
             reasons = {s.name: _reason(s.name in locked, next(iter(found.values()))) for s in stages
                        if (found := s.status(check_updates=True))}  # fmt: skip
-            code = {s.name: frozenset(d.def_path for d in s.deps if d.def_path.startswith(f"{layout.CODE}/"))
-                    for s in stages}  # fmt: skip
+            told = {s.name: frozenset(d.def_path for d in s.deps if d.def_path.startswith(_TOLD)) for s in stages}
             reads = {s.name: tuple(sorted(other.name for other in graph.successors(s))) for s in stages}
     except LockError as error:
         who = " ".join(str(error).partition("\n\n")[0].partition(". ")[0].split())
@@ -89,7 +90,7 @@ def read_graph(folder: Path) -> Graph:
         wanted = section.get("threads")
         threads[name] = wanted if isinstance(wanted, int) else default  # stage 'plan' refuses anything else
     threads |= {"online": threads["meta_train"], "evaluate_online": threads["evaluate"]}
-    return Graph(reads, reasons, threads, code)
+    return Graph(reads, reasons, threads, told)
 
 
 def code_changes(folder: Path) -> set[str] | None:
@@ -101,14 +102,30 @@ def code_changes(folder: Path) -> set[str] | None:
     own = Path(omrl.__file__).resolve().parent
     if params.repository != INSTALLED and (folder / params.repository / "omrl").resolve() != own:
         return None
+    units = code_units(params).items()
+    return _changes(folder, {layout.code(kind, name): fingerprint(module) for (kind, name), module in units})
+
+
+def plan_changes(folder: Path) -> set[str]:
+    """Return the files that stage ``plan`` would write otherwise.
+
+    Raises:
+        UserError: it would refuse the params.yaml.
+    """
+    params = folder / "params.yaml"
+    check(params)
+    return _changes(folder, {_PLAN / name: content for name, content in plan_files(params).items()})
+
+
+def _changes(folder: Path, contents: Mapping[Path, Any]) -> set[str]:
+    """Return the files whose content is another than these, or that are not there."""
     changed = set()
-    for (kind, name), module in code_units(params).items():
-        path = layout.code(kind, name)
+    for path, content in contents.items():
         try:
             known = read_json(folder / path)
         except UserError:
             known = None
-        if known != fingerprint(module):
+        if known != content:
             changed.add(str(path))
     return changed
 

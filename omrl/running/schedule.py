@@ -18,13 +18,24 @@ from omrl.core.errors import UserError, suggest
 from omrl.core.files import alone
 from omrl.core.parallel import worker_count
 from omrl.running.cell import TOPIC, Ending, check_worker, count_running, run_cell
-from omrl.running.graph import ALL_CORES, FIRST, Graph, code_changes, forget_dead, lock_order, read_graph, sort_lock
+from omrl.running.graph import (
+    ALL_CORES,
+    FIRST,
+    Graph,
+    code_changes,
+    forget_dead,
+    lock_order,
+    plan_changes,
+    read_graph,
+    sort_lock,
+)  # fmt: skip
 from omrl.running.view import View, clock
 
 if TYPE_CHECKING:
     from distributed import Client, Future
 
 CORES = "cores"  # the Dask resource: on a worker, how many it has; for a cell, how many it takes
+_TOLD = {"plan": plan_changes, "code": code_changes}  # what they would write can be told without a run
 _LOOK_S = 0.25
 _CONNECT_S = 15
 _WORKERS_S = 120
@@ -72,12 +83,13 @@ def explain(folder: Path) -> list[str]:
     if not graph.reasons:
         return [f"{folder}: up to date, {len(graph.reads)} cells"]
     reasons = dict(graph.reasons)
-    changed = code_changes(folder) if "code" in reasons else None
-    if changed is not None:  # what the fingerprints will be is known, so 'code' is no reason by itself
-        for cell in graph.reads:
-            if cell not in reasons and (files := graph.code[cell] & changed):
-                reasons[cell] = f"{min(files)} will be another"
-    sources = set(reasons) - (set() if changed is None else {"code"})
+    told = {stage: find(folder) for stage, find in _TOLD.items() if stage in reasons}
+    known = {stage for stage, changed in told.items() if changed is not None}  # so they are no reason by themselves
+    changed = {path for paths in told.values() if paths is not None for path in paths}
+    for cell in graph.reads:
+        if cell not in reasons and (files := graph.told[cell] & changed):
+            reasons[cell] = f"{min(files)} will be another"
+    sources = set(reasons) - known
     behind = graph.behind(sources)
     lines = []
     for cell, reads in graph.reads.items():
