@@ -226,6 +226,7 @@ def test_a_report_has_the_title_that_params_give_it(folder):
     page_text = (build(folder) / "index.html").read_text()
     assert (folder / "reports/results.md").read_text().startswith("# sparse-point-robot\n")
     assert "<h1>sparse-point-robot</h1>" in page_text
+    assert "sparse-point-robot &middot; " not in page_text  # said already
     config = ReportConfig(bootstrap_samples=100, title="Mine & <yours>")
     build_report(env="sparse-point-robot", family=FAMILY, config=config)
     assert (folder / "reports/results.md").read_text().startswith("# Mine & <yours>\n\n")
