@@ -52,9 +52,10 @@ def _keys(cls: type[Config], prefix: str) -> Iterator[Key]:
     meanings = meanings_of(cls)
     for name, field in cls.model_fields.items():
         default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
-        yield Key(prefix + name, _values(schema["properties"][name], defs), default, meanings.get(name, ""))
+        key = field.alias or name  # what the file has
+        yield Key(prefix + key, _values(schema["properties"][key], defs), default, meanings.get(name, ""))
         for inner, step in _inner(field.annotation, ""):
-            yield from _keys(inner, f"{prefix}{name}{step}.")
+            yield from _keys(inner, f"{prefix}{key}{step}.")
 
 
 def _inner(annotation: Any, step: str) -> Iterator[tuple[type[Config], str]]:
@@ -78,10 +79,11 @@ def meanings_of(cls: type[Config]) -> dict[str, str]:
 
 def _default(value: Any) -> str:
     if isinstance(value, Config):
-        return "as below"
+        other = value.model_dump(mode="json", exclude_defaults=True)  # than those of the keys below
+        return json.dumps(other) if other else "as below"
     if isinstance(value, str):
         return value or "''"
-    return json.dumps(value)
+    return json.dumps(value, default=str)
 
 
 def _values(schema: dict[str, Any], defs: dict[str, Any]) -> str:
@@ -98,7 +100,9 @@ def _options(schema: dict[str, Any], defs: dict[str, Any]) -> list[str]:
     if "enum" in schema or "const" in schema:
         return [f"`{_default(value)}`" for value in schema.get("enum", [schema.get("const")])]
     if schema.get("type") == "array":
-        return ["list of " + re.sub(r"\bnumber\b", "numbers", _values(schema["items"], defs))]
+        if "prefixItems" in schema:
+            return [f"list of {', '.join(_values(item, defs) for item in schema['prefixItems'])}"]
+        return ["list of " + re.sub(r"\bnumber\b", "numbers", _values(schema.get("items", {}), defs))]
     if schema.get("type") == "object" and "properties" in schema:
         return ["the keys below"]
     if schema.get("type") == "object":
@@ -168,7 +172,7 @@ def entry(name: str) -> Entry:
 
     Args:
         name: a key at the top of params.yaml, an environment, an algorithm or an evaluation protocol; with a dot in
-            it, the module of an algorithm or an environment of one's own.
+            it, the module of an algorithm, an environment or a protocol of one's own.
 
     Raises:
         UserError: there is nothing of that name.
@@ -176,16 +180,17 @@ def entry(name: str) -> Entry:
     if name in Top.model_fields:
         return _section(name)
     if name in registry.names(_PROTOCOLS):
-        module = registry.load(_PROTOCOLS, name)
-        return Entry(name, _prose(module), "evaluate", keys(module.CONFIG))
+        return _protocol(name)
     algorithms, families = registry.names(_ALGORITHMS), registry.names(_FAMILIES)
     if name in algorithms:
         return _algorithm(name)
     if name in families:
         return _family(name)
     if "." in name:
-        module = registry.load(_ALGORITHMS, name, "algorithm or environment")
-        return _family(name) if hasattr(module, "FAMILY") else _algorithm(name)
+        module = registry.load(_ALGORITHMS, name, "algorithm, environment or protocol")
+        if hasattr(module, "FAMILY"):
+            return _family(name)
+        return _protocol(name) if hasattr(module, "run") else _algorithm(name)
     known = [*Top.model_fields, *families, *algorithms, *registry.names(_PROTOCOLS)]
     raise UserError(f"{shown(name)}: no section, environment, algorithm or protocol; {suggest(name, known)}")
 
@@ -214,6 +219,13 @@ def _family(name: str) -> Entry:
 
     cls = family_class(name)
     return Entry(name, _prose(inspect.getmodule(cls)), "env_config", keys(cls.CONFIG))
+
+
+def _protocol(name: str) -> Entry:
+    from omrl.evaluation.protocols.base import protocol
+
+    module = protocol(name)
+    return Entry(name, _prose(module), "evaluate", keys(module.CONFIG))
 
 
 def _prose(thing: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import pytest
 from pydantic import Field
@@ -57,6 +57,11 @@ class Example(Base):
     sizes: list[Annotated[int, Field(ge=1, le=4096)]] | None = None
     inner: Inner = Inner()
     many: dict[str, Inner]
+    pair: tuple[int, str] = (1, "a")
+    loose: list[Any] = Field(default_factory=list)
+    maybe: Inner | None = None
+    other_default: Inner = Inner(rate=0.125)
+    lambda_: int = Field(1, alias="lambda")
     flag: bool = False
     least: Annotated[float, Field(ge=-1)] = 0.0
 
@@ -70,6 +75,13 @@ def test_every_form_of_a_key():
         settings.Key("inner.rate", "number (above 0, below 0.5)", "0.25", "of it."),
         settings.Key("many", "names, each with the keys below", "required", "by name."),
         settings.Key("many.<name>.rate", "number (above 0, below 0.5)", "0.25", "of it."),
+        settings.Key("pair", "list of whole number, text", '[1, "a"]', ""),
+        settings.Key("loose", "list of anything", "[]", ""),
+        settings.Key("maybe", "the keys below or `null`", "null", ""),
+        settings.Key("maybe.rate", "number (above 0, below 0.5)", "0.25", "of it."),
+        settings.Key("other_default", "the keys below", '{"rate": 0.125}', ""),
+        settings.Key("other_default.rate", "number (above 0, below 0.5)", "0.25", "of it."),
+        settings.Key("lambda", "whole number", "1", ""),
         settings.Key("flag", "`true` or `false`", "false", ""),
         settings.Key("least", "number (from -1)", "0.0", ""),
     ]
@@ -133,6 +145,12 @@ def test_the_command_shows_a_name_and_one_of_ones_own_and_refuses_others(tmp_pat
     code, out, _ = run("mine.method")
     assert code == 0
     assert "algorithms.<name>:" in out
+    (tmp_path / "mine/protocol.py").write_text(
+        '"""Mine."""\nfrom omrl.evaluation.protocols.base import ProtocolConfig as CONFIG\n\n\ndef run(run): ...\n'
+    )
+    code, out, _ = run("mine.protocol")
+    assert code == 0
+    assert "evaluate:\n  episodes: whole number (1 to 10,000); default 20" in out
     code, out, _ = run("unicorn")
     assert code == 0
     assert "  metric_weight: number (from 0); default 1.0" in out
