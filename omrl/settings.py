@@ -12,6 +12,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from omrl.core import registry
@@ -43,19 +44,22 @@ class Key:
 
 def keys(cls: type[Config], prefix: str = "") -> list[Key]:
     """Return the keys of a configuration class in its order; those of a class inside it follow it, with a dot."""
-    return list(_keys(cls, prefix))
+    return list(_keys(cls, prefix, ()))
 
 
-def _keys(cls: type[Config], prefix: str) -> Iterator[Key]:
+def _keys(cls: type[Config], prefix: str, outer: tuple[type[Config], ...]) -> Iterator[Key]:
     schema = cls.model_json_schema()
     defs = schema.get("$defs", {})
+    if "$ref" in schema:  # of a class that has itself inside
+        schema = defs[schema["$ref"].rsplit("/", 1)[1]]
     meanings = meanings_of(cls)
     for name, field in cls.model_fields.items():
         default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
         key = field.alias or name  # what the file has
         yield Key(prefix + key, _values(schema["properties"][key], defs), default, meanings.get(name, ""))
         for inner, step in _inner(field.annotation, ""):
-            yield from _keys(inner, f"{prefix}{key}{step}.")
+            if inner not in (*outer, cls):
+                yield from _keys(inner, f"{prefix}{key}{step}.", (*outer, cls))
 
 
 def _inner(annotation: Any, step: str) -> Iterator[tuple[type[Config], str]]:
@@ -72,7 +76,8 @@ def meanings_of(cls: type[Config]) -> dict[str, str]:
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         _, _, listed = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("Attributes:\n")
-        for names, text in re.findall(r"^    (\w+(?:, \w+)*): (.*\n?(?:^     .*\n?)*)", listed, re.M):
+        listed = re.split(r"^\S", listed, maxsplit=1, flags=re.M)[0]  # up to the next section
+        for names, text in re.findall(r"^    (\w+(?:, \w+)*)(?: \(.*?\))?: (.*\n?(?:^     .*\n?)*)", listed, re.M):
             found |= dict.fromkeys(names.split(", "), re.sub(r"\bNone\b", "null", " ".join(text.split())))
     return found
 
@@ -81,6 +86,8 @@ def _default(value: Any) -> str:
     if isinstance(value, Config):
         other = value.model_dump(mode="json", exclude_defaults=True)  # than those of the keys below
         return json.dumps(other) if other else "as below"
+    if isinstance(value, Enum):
+        value = value.value
     if isinstance(value, str):
         return value or "''"
     return json.dumps(value, default=str)
@@ -95,8 +102,8 @@ def _options(schema: dict[str, Any], defs: dict[str, Any]) -> list[str]:
     """Return in words what a JSON schema lets pass, one entry for each alternative."""
     if "$ref" in schema:
         schema = defs[schema["$ref"].rsplit("/", 1)[1]]
-    if "anyOf" in schema:
-        return [option for inner in schema["anyOf"] for option in _options(inner, defs)]
+    if alternatives := schema.get("anyOf", schema.get("oneOf")):
+        return [option for inner in alternatives for option in _options(inner, defs)]
     if "enum" in schema or "const" in schema:
         return [f"`{_default(value)}`" for value in schema.get("enum", [schema.get("const")])]
     if schema.get("type") == "array":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -20,6 +21,11 @@ from omrl.report.published import TABLES
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("omrl.algorithms", "omrl.envs", "omrl.evaluation.protocols")
 NAMES = [*Top.model_fields, *(name for package in PACKAGES for name in registry.own_names(package))]
+
+
+class Color(Enum):
+    RED = "red"
+    BLUE = "blue"
 
 
 class Inner(Config):
@@ -64,6 +70,30 @@ class Example(Base):
     lambda_: int = Field(1, alias="lambda")
     flag: bool = False
     least: Annotated[float, Field(ge=-1)] = 0.0
+
+
+class Tree(Config):
+    """Has itself inside.
+
+    Attributes:
+        size (int): told with its type.
+        color: of it.
+
+    Published:
+        size: no key's meaning.
+    """
+
+    size: int = 1
+    color: Color = Color.RED
+    left: Tree | None = None
+
+
+def test_a_class_inside_itself_is_told_once():
+    assert settings.keys(Tree) == [
+        settings.Key("size", "whole number", "1", "told with its type."),
+        settings.Key("color", "`red` or `blue`", "red", "of it."),
+        settings.Key("left", "the keys below or `null`", "null", ""),
+    ]
 
 
 def test_every_form_of_a_key():
