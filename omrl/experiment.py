@@ -55,9 +55,9 @@ class TasksConfig(Config):
     """Section ``tasks``.
 
     Attributes:
-        train: how many tasks are for meta-training, the first of the family's list.
-        test: how many are unseen, the next ones, or the first of those that the family's list keeps for tests.
-        seed: of the draw, where the family's list is not a fixed one.
+        train: how many tasks are for meta-training, the first of the family's list or the first draws.
+        test: how many are unseen: the first of those that the family's list keeps for tests, or draws of their own.
+        seed: of the draw of the tasks, or of the order of a fixed grid; without effect on a published list.
     """
 
     train: Annotated[int, Field(ge=1, le=10_000)] = 20

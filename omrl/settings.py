@@ -164,6 +164,7 @@ class Entry:
     Attributes:
         name: of it.
         prose: its docstring.
+        rules: for its keys, from the docstring of their class; empty where there are none.
         place: where its keys stand in params.yaml; empty at the top of the file.
         keys: of it.
     """
@@ -172,6 +173,7 @@ class Entry:
     prose: str
     place: str
     keys: list[Key]
+    rules: str = ""
 
 
 def entry(name: str) -> Entry:
@@ -218,14 +220,14 @@ def _algorithm(name: str) -> Entry:
     from omrl.algorithms.base import algorithm_module
 
     module = algorithm_module(name)
-    return Entry(name, _prose(module), "algorithms.<name>", keys(module.CONFIG))
+    return Entry(name, _prose(module), "algorithms.<name>", keys(module.CONFIG), _rules(module.CONFIG))
 
 
 def _family(name: str) -> Entry:
     from omrl.envs.base import family_class
 
     cls = family_class(name)
-    return Entry(name, _prose(inspect.getmodule(cls)), "env_config", keys(cls.CONFIG))
+    return Entry(name, _prose(inspect.getmodule(cls)), "env_config", keys(cls.CONFIG), _rules(cls.CONFIG))
 
 
 def _protocol(name: str) -> Entry:
@@ -233,6 +235,11 @@ def _protocol(name: str) -> Entry:
 
     module = protocol(name)
     return Entry(name, _prose(module), "evaluate", keys(module.CONFIG))
+
+
+def _rules(cls: type[Config]) -> str:
+    """Return what the docstring of a class says after its first paragraph and before its attributes."""
+    return _prose(cls).partition("\n\n")[2].strip()
 
 
 def _prose(thing: object) -> str:
@@ -243,7 +250,7 @@ def _prose(thing: object) -> str:
 
 def as_text(found: Entry) -> str:
     """Return an entry for a terminal: its docstring, then every key."""
-    lines = [found.prose, ""] if found.prose else []
+    lines = [line for text in (found.prose, found.rules) if text for line in (text, "")]
     if found.place:
         lines += [f"{found.place}:" if found.keys else f"{found.place}: no keys of its own"]
     for key in found.keys:
@@ -261,8 +268,15 @@ def as_page() -> str:
         "",
         "This page is generated: `omrl list --markdown docs/params.md`. It is read off the classes that a params.yaml "
         "is checked against. `omrl list <name>` shows one section, method, environment or protocol on a terminal, "
-        "yours included; `omrl check` checks a file. A key with a dot stands inside another: `sac.tau` is `tau` in "
-        "the mapping `sac`, and `<name>` is a name of your choice.",
+        "yours included; `omrl check` checks a file, and how keys fit each other. A key with a dot stands inside "
+        "another: `sac.tau` is `tau` in the mapping `sac`, and `<name>` is a name of your choice.",
+        "",
+        "Words that the meanings use. A *level* is a dataset of one quality. A *context* is what a method is shown of "
+        "a task, and its *belief* is what it infers from that: a task embedding, a posterior, adapted weights. Its "
+        "*prior* is the belief before it has seen anything. A *cell* is one run of a stage, and a *shard* a group of "
+        "tasks whose behavior policies are one cell. *Normalized return* is 0 for random actions and 1 for the task's "
+        "oracle, or for its best checkpoint where no oracle is known. *Release*, *released code* and *paper* without "
+        "a name are the method's own, and FOCAL's in sections and protocols.",
         "",
         "## The file",
         "",
@@ -270,7 +284,7 @@ def as_page() -> str:
     ]
     for name in sections():
         found = _section(name)
-        lines += ["", f"## {found.place}", "", found.prose, "", *_table(found.keys)]
+        lines += ["", f"## `{found.place}`", "", found.prose, "", *_table(found.keys)]
     return "\n".join([*lines, *_methods(), *_environments(), *_protocols()]) + "\n"
 
 
@@ -283,7 +297,10 @@ def _methods() -> list[str]:
     known: dict[str, type[Config]] = {shared: ActorCriticConfig}
     known |= {name: registry.load(_ALGORITHMS, name).CONFIG for name in registry.own_names(_ALGORITHMS)}
     for name in registry.own_names(_ALGORITHMS):
-        lines += ["", f"### {name}", "", _algorithm(name).prose.splitlines()[0], "", *_beside(known[name], known)]
+        found = _algorithm(name)
+        lines += ["", f"### {name}", "", found.prose.splitlines()[0], ""]
+        lines += [found.rules, ""] if found.rules else []
+        lines += _beside(known[name], known)
     return lines
 
 

@@ -63,10 +63,11 @@ class BcConfig(Config):
 
     Attributes:
         latent_dim: of z.
-        encoder_width, encoder_depth, encoder_rate: as in FOCAL.
+        encoder_width, encoder_depth: hidden layers of the context encoder.
+        encoder_rate: its learning rate (Adam).
         encoder_loss: ``cloning``: the gradient of the imitation reaches the encoder, which has no other loss;
             ``metric``: FOCAL's distance-metric loss alone trains it.
-        metric_weight: of that loss.
+        metric_weight: of the metric loss.
         width, depth, actor_rate: of the policy.
         likelihood: ``gaussian``: maximum likelihood of a tanh-Gaussian; ``mse``: squared error of tanh(mean), which
             leaves the log-std as it was made. Acting uses tanh(mean) either way.

@@ -81,17 +81,19 @@ class BcqConfig(Config):
         encoder_by_vae: let the VAE's loss train the encoder too.
         width, depth: hidden layers of all other networks.
         rate: Adam, of all other networks.
-        gamma, reward_scale: as in FOCAL, by environment.
+        gamma: discount; 0.99 in MBML's release. FOCAL has 0.9 for the sparse and wind point robots.
+        reward_scale: factor on rewards in the critic's target; 1 in MBML's release.
         tau: rate of the target networks.
-        soft_min: lambda of the target.
+        soft_min: weight of the smaller of two Q values in the target; the larger one has the rest.
         candidates: actions that the target and the policy choose from.
         perturbation: largest change of a sampled action.
         vae_latent: latent size of the VAE per action entry.
         vae_clip: bound of the latents that actions are sampled from.
-        kl_weight: of the VAE.
+        kl_weight: of the KL divergence in the VAE's loss.
         vae_first: step the VAE before the Q target decodes its candidates, so that they are the stepped VAE's.
         meta_batch: tasks per update, drawn with replacement.
-        rl_batch, context_batch: transitions per drawn task.
+        rl_batch: transitions per drawn task to learn from.
+        context_batch: transitions per drawn task for the encoder.
     """
 
     latent_dim: Annotated[int, Field(ge=1, le=1024)] = 20

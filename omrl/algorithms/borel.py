@@ -89,19 +89,20 @@ class BorelConfig(ActorCriticConfig):
     """BOReL's hyperparameters, beside those of ``ActorCriticConfig``.
 
     Attributes:
-        latent_dim: of the belief's mean.
-        hidden: of the GRU.
-        episodes: of a rollout, through which the belief goes on.
-        vae_steps: updates of the VAE; the rest of ``meta_train.steps`` is the policy's.
-        vae_rate: Adam.
+        latent_dim: width of the belief's mean.
+        hidden: units of the recurrent encoder (GRU).
+        episodes: episodes of a rollout, through which the belief goes on.
+        vae_steps: updates of the VAE; the rest of ``meta_train.steps``, which must be more, is the policy's.
+        vae_rate: learning rate of the VAE (Adam).
         kl_weight: of the KL between successive beliefs; 1 in the online version.
-        beliefs: of a rollout that decode, drawn anew for every update; 0 for all.
+        beliefs: how many of a rollout's beliefs decode, drawn anew for every update; 0 for all.
         policy_context: share of the policy's rows that are drawn from ``context``, the relabelled set: reward
             relabelling in the policy's phase too. The release has a flag for it, off.
         policy_reward: what actor and critic learn from: the ``signal`` that the belief sees too (the sparse reward
             where inference sees that one, as released), or the ``dense`` reward, as FOCAL's do.
         decode_from: rewards from the ``next`` state, or from the ``transition`` (s, a, s').
-        vae_meta_batch, vae_rollouts: tasks per update of the VAE, drawn with replacement, and rollouts of each.
+        vae_meta_batch: tasks per update of the VAE, drawn with replacement.
+        vae_rollouts: rollouts of each of them.
         meta_batch: tasks per update of the policy, drawn with replacement.
         rl_batch: transitions per drawn task.
     """

@@ -70,19 +70,21 @@ class FocalConfig(ActorCriticConfig):
     """FOCAL's hyperparameters, beside those of ``ActorCriticConfig``.
 
     Attributes:
-        latent_dim: l.
+        latent_dim: width of the task embedding z.
         encoder_width, encoder_depth: hidden layers of the encoder (3 x 200 in paper and code).
-        encoder_rate: Adam.
+        encoder_rate: learning rate of the encoder (Adam).
         encoder: ``deterministic``, or the ``probabilistic`` ablation (section 5.2).
         probabilistic_metric: keep the metric loss with the probabilistic encoder (the paper's arm); the
             release replaces it by the KL term.
-        kl_weight, prior_std: of the probabilistic encoder; prior N(0, prior_std^2), 0.05 in the release, 1 in PEARL.
+        kl_weight: of the probabilistic encoder's KL divergence from its prior.
+        prior_std: standard deviation of that prior: 0.05 in the release, 1 in PEARL.
         coupled: let Bellman gradients reach the encoder too (Figs 5 and 9).
         metric_power: n of the distance in the repulsive term: -2 (main results), -1, 1 or 2 (Table 1).
-        metric_form: ``released`` or ``paper``, see ``distance_metric_loss``.
-        metric_beta: weight of the repulsive term; None for Table 5(b)'s value of the power.
-        metric_eps: in the denominator of the inverse powers.
-        metric_weight: weight of the whole loss; 0 leaves a deterministic encoder as it was initialized.
+        metric_form: ``released``: root mean squared difference per dimension, a mean over pairs; ``paper``: squared
+            distance (Eq. 13), a sum over pairs. The module's table has the difference.
+        metric_beta: weight of the repulsive term; None for that of ``metric_power`` in Table 5(b).
+        metric_eps: added in the denominator of the inverse powers.
+        metric_weight: weight of the whole distance-metric loss; 0 leaves a deterministic encoder as it was initialized.
         meta_batch: tasks per update, drawn with replacement.
         rl_batch: transitions per drawn task for actor and critic.
         context_batch: transitions per drawn task for the encoder.

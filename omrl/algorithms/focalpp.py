@@ -54,11 +54,15 @@ class FocalppConfig(FocalConfig):
         gate: the batch-wise gates weigh transitions in the mean over the context (``weights``, Def. 3.7), or scale
             each block's features as well.
         loss: ``contrastive`` (Eq. 8) or FOCAL's ``metric``.
-        tokens: what sequence-wise attention runs over, see ``AttentionEncoder``.
+        tokens: what sequence-wise attention runs over: ``entries``, every number of (s, a, r) is a token; ``row``,
+            the whole transition is one.
         hidden: width of a token.
-        blocks, heads: of the attention; there are heads with ``both`` and ``sequence`` alone.
+        blocks: of the attention, one after another.
+        heads: of the attention over tokens, with ``both`` and ``sequence`` alone.
         reduction: hidden / reduction units in the gate's bottleneck.
         temperature: of the contrast.
+        context_batch: transitions of each of the two contexts of a drawn task, query and key.
+        metric_weight: of FOCAL's loss, with ``loss: metric`` alone.
         momentum: m of the key encoder: key <- m key + (1 - m) query.
     """
 

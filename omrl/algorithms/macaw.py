@@ -128,10 +128,12 @@ class InnerConfig(Config):
 
     Attributes:
         steps: inner steps per task; the inner rows are cut into as many equal parts.
-        inner_batch, outer_batch: rows per task.
-        inner_value_rate, inner_policy_rate: r of the initial step size log(1 + r), as in the released code.
+        inner_batch: rows per task of the inner step, from the ``context`` of a pair of datasets.
+        outer_batch: rows per task of the outer loss, from the ``transitions`` of a pair.
+        inner_value_rate: r of the value function's initial step size log(1 + r), as in the released code.
+        inner_policy_rate: the same of the policy.
         learn_rates: learn the step sizes.
-        rate_rate: Adam, for step sizes and coefficient.
+        rate_rate: learning rate (Adam) of step sizes and coefficient.
     """
 
     steps: Annotated[int, Field(ge=1, le=100)] = 1

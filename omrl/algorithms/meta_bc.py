@@ -32,7 +32,9 @@ from omrl.nets.transforms import Steps
 
 
 class MetaBcConfig(RegressionConfig, InnerConfig):
-    """Meta-behavior cloning; ``inner_value_rate`` has no effect.
+    """Meta-behavior cloning.
+
+    There is no value function, so ``inner_value_rate`` has no effect.
 
     Attributes:
         policy_rate: Adam.

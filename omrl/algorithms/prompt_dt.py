@@ -65,15 +65,19 @@ class PromptDtConfig(Config):
     """Prompt-DT.
 
     Attributes:
-        width, depth, heads: of the transformer.
+        width: of a token, a multiple of ``heads``.
+        depth: blocks of the transformer.
+        heads: of its attention.
         window: steps that it looks back on, the present one included.
-        prompt_segments, prompt_length: of the prompt.
+        prompt_segments: segments in a prompt.
+        prompt_length: steps of a segment.
         prompt_from: a segment is the ``end`` of an episode, or a ``window`` from a random step on.
         target_return: wanted in tests, in units of the reward; None for the best of ``target_from``.
         target_from: without a ``target_return``: the best episode of the training ``data``, or of the ``prompt``.
-        rate, warmup: Adam's, and the updates over which it rises to that.
-        weight_decay: AdamW's.
-        largest_gradient: its norm is clipped to that.
+        rate: learning rate (AdamW).
+        warmup: updates over which the rate rises to ``rate``.
+        weight_decay: of AdamW.
+        largest_gradient: largest norm of the gradient; a longer one is scaled down to it.
         meta_batch: tasks per update, drawn with replacement.
         rl_batch: windows per drawn task, each with a prompt of its own.
     """

@@ -66,22 +66,27 @@ class SmacConfig(Config):
     Attributes:
         latent_dim: of z.
         width, depth: hidden layers of Q and policy.
-        encoder_width, encoder_depth, decoder_width, decoder_depth: hidden layers.
-        actor_rate, critic_rate, encoder_rate: Adam; the last is the decoder's, too.
+        encoder_width, encoder_depth: hidden layers of the encoder.
+        decoder_width, decoder_depth: hidden layers of the reward decoder.
+        actor_rate: learning rate of the policy (Adam).
+        critic_rate: learning rate of Q (Adam).
+        encoder_rate: learning rate of encoder and decoder (Adam).
         gamma: discount.
-        reward_scale: k; in the critic's target alone.
+        reward_scale: factor on rewards in the critic's target alone.
         tau: rate of the target Q.
         target_start: target Q with weights of their own at the start (``random``), or a ``copy`` of Q.
         scale: what softplus of the encoder's second half is: a row's ``variance``, or its ``std``.
-        kl_weight: of the KL, a mean over tasks and a sum over dimensions.
-        actor: ``awac``, ``sac`` or ``cloning``.
+        kl_weight: of the KL divergence of the posterior from N(0, I), a mean over tasks and a sum over dimensions.
+        actor: ``awac``, advantage-weighted imitation of the data; ``sac``, maximizes Q (ablation); ``cloning``,
+            imitates the data.
         beta: temperature of AWAC's weights.
         online_q_weight: of -min Q in the self-supervised phase (lambda_pearl: 1, Sawyer 0).
         entropy: weight of log pi in the target and beside -min Q.
         second_z: a' follows a z of its own.
         actor_critic: which critic -min Q is of: before (``old``) or after (``new``) this update's step.
         meta_batch: tasks per update, drawn with replacement.
-        rl_batch, online_rl_batch: rows per task for actor, critic and decoder, offline and online.
+        rl_batch: rows per task for actor, critic and decoder.
+        online_rl_batch: rows per task for actor and critic in stage ``online``, where the decoder stands still.
         context_batch: rows per task for the encoder.
     """
 

@@ -35,7 +35,7 @@ class SacConfig(Config):
     Attributes:
         learning_rate: of actor, critics and temperature (Adam).
         batch_size: transitions per gradient step.
-        gamma: discount. The release trains every behavior policy with 0.99; 0.9 is what it meta-trains the
+        gamma: discount. FOCAL's release trains every behavior policy with 0.99; 0.9 is what it meta-trains the
             point robots with, and learns them several times faster.
         tau: rate of the target networks.
         learning_starts: uniform random steps before the first gradient step.
@@ -85,7 +85,7 @@ class BehaviorConfig(Config):
     Attributes:
         engine: ``sb3``, one ``stable_baselines3.SAC`` process per task, or ``batched``, all tasks as one stacked
             computation: the same algorithm, several times faster, other random numbers. ``scripted`` trains
-            nothing, the family's script acts (``rollouts.source: scripted``), and no other key has an effect.
+            nothing, the family's script acts (``rollouts.source: scripted``), and no other key may be given.
         total_steps: environment steps per task.
         checkpoint_every: steps between checkpoints; divides ``total_steps``. Step 0, untrained, is kept too.
         horizon: steps of a training episode.

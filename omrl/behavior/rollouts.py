@@ -48,8 +48,8 @@ class RolloutsConfig(Config):
             ``scripted``: the family's script acts (``behavior.engine: scripted``), its "checkpoint" 0 a random skill
             in every episode, 1 what the task wants.
         steps: SAC steps of the checkpoints that act, or ``all``.
-        episodes_per_checkpoint: with sampled actions.
-        deterministic_episodes: with mean actions, numbered after the sampled ones.
+        episodes_per_checkpoint: episodes of every checkpoint with sampled actions.
+        deterministic_episodes: further ones with the policy's mean action, for levels with ``deterministic: true``.
         horizon: steps of an episode.
     """
 

@@ -26,7 +26,8 @@ class LevelConfig(Config):
 
     Attributes:
         steps: SAC steps of the checkpoints, or ``first``, ``last``, ``all`` of those that are rolled out.
-        nearest: normalized return; the checkpoint whose mean is nearest to it, chosen per task, of two the earlier.
+        nearest: normalized return (0 random actions, 1 the oracle or the best checkpoint); the checkpoint whose mean is
+            nearest to it, chosen per task, of two the earlier.
         band: [low, high] of a checkpoint's mean normalized return, chosen per task.
         part: [from, to] of the run, as fractions of its checkpoints in order: [0, 0.2] is its start, [0.8, 1] its
             end (MACAW's data qualities are parts of the replay buffer).
@@ -73,10 +74,11 @@ class DatasetConfig(Config):
     """Section ``dataset``.
 
     Attributes:
-        train: datasets to meta-train on, one cell each.
-        test: datasets that the context of the test tasks comes from.
+        train: levels, relabelled sets or pairs to meta-train on, one model each.
+        test: levels or relabelled sets that contexts come from in evaluation, of training and test tasks alike.
         transitions_per_task: rows of every task in every dataset.
-        levels: name -> definition; random, medium, expert, mixed and replay have theirs, see docs/data.md.
+        levels: name -> which checkpoints: one of ``steps``, ``nearest``, ``band`` and ``part``. The names random,
+            medium, expert, mixed and replay must have the definitions of docs/data.md.
     """
 
     train: Annotated[list[str], Field(min_length=1, max_length=1000)]

@@ -34,8 +34,8 @@ class RelabelConfig(Config):
             read them in order can use the set (the last episode of every source task is cut to its share).
         tasks: whose transitions are merged: ``all``, or ``train``, the training tasks alone, so that a test task's
             own data are in no set.
-        env_config: what differs from the environment's ``env_config`` in this set, of the keys that the family's
-            ``relabel_overrides`` names: FOCAL++ Table 5 has a radius of 0.5 for point robots.
+        env_config: what differs from the environment's ``env_config`` in this set: ``radius`` and ``sparse_reward`` of
+            the point robots (FOCAL++ Table 5 has a radius of 0.5), ``sparse_threshold`` of the MuJoCo families.
     """
 
     source: str

@@ -25,8 +25,10 @@ class PointRobotConfig(PointConfig):
     """Point-Robot.
 
     Attributes:
-        start: see ``PointConfig``.
-        split: ``same``, training and test goals from one square; ``left-right``, see the module.
+        start: where episodes start: ``origin``; ``square``, uniformly on [-1, 1]^2 (PEARL's Point-Robot);
+            ``half-plane``, uniformly on [-1.5, 1.5] x [-0.5, 1.5].
+        split: ``same``, training and test goals from one square; ``left-right``, training goals from its left half and
+            test goals from its right one.
     """
 
     start: Literal["origin", "square", "half-plane"] = "square"

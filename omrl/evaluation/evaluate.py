@@ -52,14 +52,14 @@ class EvaluateConfig(Config):
     """Section ``evaluate``: the protocol, and what is measured beside returns. The protocol's own keys stand beside.
 
     Attributes:
-        protocol: a file of ``omrl/evaluation/protocols``.
+        protocol: one of those that ``omrl list`` shows, or a module of one's own.
         embedding_context: transitions behind each embedding of the diagnostics.
         embedding_resamples: embeddings per task, each of a context of its own.
-        sparsity_ratios: shares of unrewarded transitions at which the embedding variance is taken (FOCAL++ Fig. 6);
-            none: not computed.
+        sparsity_ratios: shares of unrewarded transitions at which the embedding variance is taken (FOCAL++ Fig. 6),
+            where the reported return is sparse; an empty list: not computed.
         trajectories: test tasks whose last episode is kept for the picture.
         device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
-        threads: of torch.
+        threads: CPU threads that PyTorch uses.
     """
 
     protocol: str = "offline-context"

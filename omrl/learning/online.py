@@ -63,9 +63,10 @@ class OnlineConfig(Config):
 
     Attributes:
         algorithm: name in section ``algorithms``; every model of it learns on.
-        rounds: of collecting and training.
-        episodes: of every task in a round.
-        prior_episodes: the first of them, with beliefs drawn from the method's prior.
+        rounds: how many, each of collecting and training.
+        episodes: collected in every task and round, counted in full test episodes: one that ends early is followed by
+            another.
+        prior_episodes: how many of them, the first ones, follow the method's prior.
         updates: gradient steps in a round.
         tasks: which tasks it acts in and learns from: ``train``, or ``test`` for fine-tuning on unseen ones.
         label: rewards of the collected rows: the ``simulator``'s, or ``decoded`` by the method, which then sees none.
@@ -74,7 +75,7 @@ class OnlineConfig(Config):
         posterior: of the later episodes: from the agent's ``own`` steps of this round, where the method serves
             ``online-prior``, or from an ``offline`` context.
         context: where training contexts come from: ``offline`` data alone, or ``all`` rows.
-        context_size: transitions behind an offline context.
+        context_size: transitions behind an offline context, which ``posterior: offline`` and ``label: decoded`` use.
         keep: snapshots along the way, evenly spaced over the rounds.
     """
 

@@ -39,12 +39,13 @@ class MetaTrainConfig(Config):
     Attributes:
         steps: gradient steps.
         log_every: steps per row of the curve; each row is the mean over them.
-        checkpoint_every: steps between saves of the training state, from which a killed run goes on.
+        checkpoint_every: steps between saves of the training state, from which a killed run goes on; saved at the next
+            multiple of ``log_every``.
         keep: snapshots of the model along the way, evenly spaced, the last one at the end; the learning curves'
             points. 0 for none.
         optimizers: also publish the optimizers' state, from which stage ``online`` goes on.
         device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
-        threads: of torch. Part of the params because one and two threads give different bits.
+        threads: CPU threads that PyTorch uses. Part of the params because one and two threads give different bits.
         matmul: ``float32``, or ``fast``: other kernels where as exact, see ``omrl.core.precision``; other bits.
         time_limit_terminal: count time-limit ends as terminal, as the released FOCAL code does (0.5 % of the
             rows with 200-step episodes).

@@ -63,7 +63,9 @@ class RegularizationConfig(Config):
     """Behavior regularization (FOCAL section 3.2, Eqs 6-9; BRAC; BEAR; TD3+BC; ReBRAC), see the module's docstring.
 
     Attributes:
-        kind: of D; ``none`` switches everything off.
+        kind: which distance D between the policy's actions and the data's is penalized: ``kl-dual``, the KL
+            divergence as a trained discriminator estimates it (FOCAL, BRAC); ``mmd``, the maximum mean discrepancy
+            (BEAR); ``bc``, the mean squared difference of the actions (TD3+BC); ``none``, no regularization.
         policy: D in the policy's loss; None for yes, unless kind is ``none``.
         value_penalty: subtract alpha D in the Q target.
         next_state: D of the target at s' (Eqs 7 and 8, ReBRAC) instead of at s (released code). ``mmd`` and ``bc``
@@ -77,17 +79,20 @@ class RegularizationConfig(Config):
         adaptive: alpha += alpha_rate (mean D - target_divergence) per step (released code); the paper's text
             has a constant. With ``bc``, alpha is constant.
         alpha_rate: step size of alpha.
-        target_divergence: 0.05 in FOCAL++ Table 6, and BEAR's threshold.
+        target_divergence: what an adaptive alpha keeps the mean of D at: it rises above that and falls below; 0.05 in
+            FOCAL++ Table 6, and BEAR's threshold.
         weight: of Q / mean |Q| with ``bc``: 2.5 in TD3+BC.
-        kernel: with ``mmd``: exp(-|x - y|_1 / (2 sigma)), or exp(-|x - y|_2^2 / (2 sigma)).
-        sigma: BEAR's release has 10 or 20, on actions before their tanh; ours are in (-1, 1).
-        samples: n of ``mmd``; 4 to 10 in BEAR.
-        discriminator_steps: per update; the further ones on fresh batches of the same tasks.
-        discriminator_rate: Adam.
-        penalty: of the discriminator, on its ``value`` (released code: (|c| - 1)+^2) or the norm of its
-            action ``gradient`` (BRAC). With ``value``, D stays below about 0.96; with ``gradient``, the scale
-            of alpha is another.
-        penalty_weight: 5 in both.
+        kernel: of ``mmd``: exp(-|x - y|_1 / (2 sigma)), or exp(-|x - y|_2^2 / (2 sigma)).
+        sigma: width of the kernel of ``mmd``. BEAR's release has 10 or 20, on actions before their tanh; ours are in
+            (-1, 1).
+        samples: actions of the policy, and of the data, that ``mmd`` compares; 4 to 10 in BEAR.
+        discriminator_steps: of ``kl-dual``: steps of the discriminator per update; the further ones on fresh batches of
+            the same tasks.
+        discriminator_rate: of ``kl-dual``: learning rate of the discriminator (Adam).
+        penalty: of ``kl-dual``: what is penalized in training the discriminator, its ``value`` (released code: (|c| -
+            1)+^2) or the norm of its action ``gradient`` (BRAC). With ``value``, D stays below about 0.96; with
+            ``gradient``, the scale of alpha is another.
+        penalty_weight: weight of that penalty in the discriminator's loss; 5 in FOCAL's release and in BRAC.
     """
 
     kind: Literal["none", "kl-dual", "mmd", "bc"] = "none"
@@ -159,16 +164,17 @@ class ActorCriticConfig(Config):
     """Actor and critic.
 
     Attributes:
-        width: units of a hidden layer: 256 in the released code and FOCAL++ Table 6, 300 in FOCAL Table 4.
+        width: units of a hidden layer: 256 in FOCAL's released code and FOCAL++ Table 6, 300 in FOCAL Table 4.
         depth: hidden layers.
-        actor_rate: Adam, policy.
-        critic_rate: Adam, Q and V.
-        gamma: discount: 0.9 for the sparse and wind point robots, 0.99 elsewhere.
-        reward_scale: k: 100 for point robots, 5 for MuJoCo.
-        tau: rate of the target network.
-        value_network: V and target V, no target Q (released code); else target Q networks, as the paper's
+        actor_rate: learning rate of the policy (Adam).
+        critic_rate: learning rate of Q and V (Adam).
+        gamma: discount. FOCAL has 0.9 for the sparse and wind point robots; set 0.99 for others.
+        reward_scale: factor on rewards in the critic's target. FOCAL has 100 for point robots; set 5 for MuJoCo.
+        tau: rate at which the target network follows.
+        value_network: V and target V, no target Q (FOCAL's released code); else target Q networks, as the paper's
             pseudo-code reads.
-        mean_weight, log_std_weight: of the squared pre-tanh mean and log-std in the policy loss.
+        mean_weight: of the squared mean before tanh, in the policy's loss.
+        log_std_weight: of the squared log-std, in the policy's loss.
         log_std_max: clamp of log-std: 0 in FOCAL, 2 in PEARL.
         entropy_in_target: subtract log pi in the value (V's target, or the Q target without V). SAC and the release
             do; BRAC and TD3+BC's form work without.

@@ -17,7 +17,7 @@ class ReportConfig(Config):
     Attributes:
         title: heading of the page and of results.md; the environment's name if it is empty.
         bootstrap_samples: replicates behind each interval.
-        confidence: of the intervals.
+        confidence: level of the intervals.
         embedding: projection of the task embeddings to the plane.
         published: names of published tables to stand beside ours, or one name; ``omrl list report`` shows them.
     """

@@ -28,8 +28,9 @@ class ProtocolConfig(Config):
     """The keys of section ``evaluate`` that every protocol reads.
 
     Attributes:
-        episodes: per repetition; 20 for the point robots in FOCAL's released code (400 steps of 20).
-        repetitions: 2 in FOCAL's released code.
+        episodes: of a repetition; the last one counts. 20 for the point robots in FOCAL's released code (400 steps).
+        repetitions: how often the protocol is run, with other contexts and starts; results are the mean. 2 in FOCAL's
+            released code.
     """
 
     episodes: Annotated[int, Field(ge=1, le=10_000)] = 20

@@ -44,15 +44,16 @@ class FineTuneConfig(ProtocolConfig):
     """The keys of the protocol.
 
     Attributes:
-        episodes: collected in each task; 500 in the released code.
-        repetitions: of the whole.
+        episodes: collected, and learned from, in each test task; 500 in the released code.
+        repetitions: how often the whole protocol is run.
         context: offline transitions behind the belief at the start.
-        evaluations: deterministic episodes before each collected one.
-        evaluate_every: rounds from one evaluation to the next.
+        evaluations: deterministic episodes of an evaluation; there is one before anything is collected, and one at the
+            end, which counts.
+        evaluate_every: collected episodes from one evaluation to the next.
         noise: standard deviation of what is added to collected actions.
         first_update: collected episodes before which nothing is updated.
-        updates: after each collected episode from then on.
-        buffer: latest transitions that are kept.
+        updates: of the method after each collected episode from then on.
+        buffer: how many of the latest transitions are kept.
         keep_offline: the buffer begins with the offline transitions (paper).
     """
 

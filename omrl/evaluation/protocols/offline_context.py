@@ -28,8 +28,8 @@ class OfflineConfig(ProtocolConfig):
     """The keys of an offline protocol.
 
     Attributes:
-        context_per_episode: transitions appended before each episode; of a method that reads whole episodes about so
-            many, of one with a prompt none. The table has those that were shown.
+        context_per_episode: transitions appended to the context before each episode. A method that reads whole episodes
+            gets about so many, Prompt-DT one prompt whatever stands here; the table has those that were shown.
         wrong_context: also run the counted episode with another task's context.
     """
 

@@ -22,7 +22,7 @@ class BeliefConfig(ProtocolConfig):
 
     Attributes:
         episodes: through which the belief goes on: 2 in BOReL, 4 on its grid.
-        counts: what is published of them.
+        counts: which of them is the result: the ``last``, or the ``sum`` of all.
     """
 
     episodes: Annotated[int, Field(ge=1, le=10_000)] = 2

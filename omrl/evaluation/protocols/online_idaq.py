@@ -20,7 +20,7 @@ class IdaqConfig(OnlineConfig):
     """The keys of ``online-prior``, and how much is kept.
 
     Attributes:
-        kept_share: of the exploration.
+        kept_share: share of the exploration's episodes, the best by return, that stay in the context.
     """
 
     kept_share: Annotated[float, Field(gt=0, le=1)] = 0.2

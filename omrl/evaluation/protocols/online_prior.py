@@ -39,9 +39,10 @@ class OnlineConfig(ProtocolConfig):
     """The keys of a protocol whose agent collects its context.
 
     Attributes:
-        exploration_episodes: the first of the episodes.
-        prior: where the beliefs of the exploration come from.
-        prior_context: transitions behind each belief of the empirical prior.
+        exploration_episodes: how many of the episodes, the first ones, follow the prior; fewer than ``episodes``.
+        prior: where the beliefs of the exploration come from: ``data``, offline data of a random training task;
+            ``own``, a draw from the method's prior; ``none``, its prior without a draw, then what was collected so far.
+        prior_context: transitions behind each belief, with ``prior: data`` alone.
         resample: draw a belief of the prior per ``episode`` or per ``step``.
         posterior: after the exploration, follow the belief's ``mean``, or a draw from it per ``episode`` (PEARL) or per
             ``step`` (SMAC).
