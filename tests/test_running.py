@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from conftest import ROOT, SMOKE, Project, clone
 
 from omrl.core.errors import UserError
 from omrl.running import child, graph, schedule
-from omrl.running.cell import _message, environment
+from omrl.running.cell import _message, environment, run_cell
 
 # two cells that may run at once, of which the first in the graph ends last; two that read them; one alone
 TOY = """\
@@ -225,6 +226,20 @@ def cluster(tmp_path):
     for process in reversed(started):
         process.kill()
         process.wait()
+
+
+def test_a_cell_waits_for_a_dying_process_at_its_output(toy):
+    """A killed worker's process may still be in DVC's table when another worker takes the cell."""
+    with subprocess.Popen(["sleep", "3"]) as holder:
+        table = {"write": {str(toy / "plan.txt"): {"pid": holder.pid, "cmd": "sleep 3"}}, "read": {}}
+        (toy / ".dvc/tmp").mkdir(parents=True, exist_ok=True)
+        (toy / ".dvc/tmp/rwlock").write_text(json.dumps(table))
+        waiter = threading.Thread(target=holder.wait)  # a zombie would still be a process
+        waiter.start()
+        ending = run_cell(str(toy), "plan", 1, 1)
+        waiter.join()
+    assert (ending.state, ending.message) == ("ran", "")
+    assert ending.seconds > 2
 
 
 def test_a_killed_worker_loses_nothing(toy, tmp_path, cluster, monkeypatch):

@@ -20,6 +20,8 @@ from omrl.running import child
 TOPIC = "omrl"  # of the events by which workers tell progress
 LOGS = Path(".dvc/tmp/omrl")  # what each cell printed, in the pipeline's folder
 _ATTEMPTS = 3  # of a cell whose process was killed from outside
+_BLOCKED = "is busy, it is being blocked by"  # DVC, of an output that another process writes
+_BLOCKED_S, _AGAIN_S = 30.0, 0.5
 _LOOK_S = 0.25
 _TELL_S = 1.0
 _GRACE_S = 30.0
@@ -79,7 +81,7 @@ def run_cell(folder: str, cell: str, workers: int, threads: int) -> Ending:
     log.parent.mkdir(parents=True, exist_ok=True)
     _tell(cell, "")
     for _ in range(_ATTEMPTS):
-        code, stopped = _once(folder, cell, environment(workers, threads), log)
+        code, stopped = _unblocked(folder, cell, environment(workers, threads), log)
         text = log.read_text(encoding="utf-8", errors="replace")
         seconds = time.monotonic() - start
         if stopped:
@@ -115,6 +117,17 @@ def _raised(text: str) -> str:
            and not any(Path(frame[0]).resolve().is_relative_to(folder) for folder in _OURS)]  # fmt: skip
     path, line, name = (own or frames)[-1]
     return f"{raised[0]} ({path}, line {line}, in {name})"
+
+
+def _unblocked(folder: str, cell: str, env: dict[str, str], log: Path) -> tuple[int, bool]:
+    """Run it; for a while again where DVC finds another process at its output: a killed worker's takes a moment."""
+    deadline = time.monotonic() + _BLOCKED_S
+    while True:
+        code, stopped = _once(folder, cell, env, log)
+        blocked = code > 0 and _BLOCKED in log.read_text(encoding="utf-8", errors="replace")
+        if stopped or not blocked or time.monotonic() > deadline:
+            return code, stopped
+        time.sleep(_AGAIN_S)
 
 
 def _once(folder: str, cell: str, env: dict[str, str], log: Path) -> tuple[int, bool]:
