@@ -42,9 +42,9 @@ class Key:
     meaning: str
 
 
-def keys(cls: type[Config], prefix: str = "") -> list[Key]:
+def keys(cls: type[Config]) -> list[Key]:
     """Return the keys of a configuration class in its order; those of a class inside it follow it, with a dot."""
-    return list(_keys(cls, prefix, ()))
+    return list(_keys(cls, "", ()))
 
 
 def _keys(cls: type[Config], prefix: str, outer: tuple[type[Config], ...]) -> Iterator[Key]:
@@ -321,9 +321,9 @@ def _environments() -> list[str]:
         "",
         "## Environments",
         "",
-        "Keys of `env_config`. See [environments.md](environments.md); where a meaning ",
+        "Keys of `env_config`. See [environments.md](environments.md); where a meaning points to a module, "
+        "`omrl list <name>` shows what stands there.",
     ]
-    lines[-1] += "points to a module, `omrl list <name>` shows what stands there."
     alike: dict[tuple[Key, ...], list[str]] = {}
     for name in registry.own_names(_FAMILIES):
         alike.setdefault(tuple(_family(name).keys), []).append(name)
