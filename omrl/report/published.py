@@ -168,6 +168,27 @@ TABLES = {
         "ESR: the share of training-task pairs farther apart than two random points of the cube.",
         "esr",
     ),
+    "focalpp-table-1-sparse-cheetah-dir": _table_1(
+        "Sparse-Cheetah-Dir",
+        "mixed",
+        [1351.40, 1309.76, 1330.56, 1293.40, 1470.52],
+        [90.46, 115.33, 162.03, 129.99, 68.29],
+        "Three seeds, data of its own; the sparse reward starts at 6 per step.",
+    ),
+    "focalpp-table-1-sparse-ant-dir": _table_1(
+        "Sparse-Ant-Dir",
+        "mixed",
+        [429.92, 504.00, 687.37, 573.26, 719.77],
+        [41.52, 145.80, 85.95, 186.22, 57.58],
+        "Three seeds, data of its own; the sparse reward starts at 3 per step.",
+    ),
+    "focalpp-table-1-sparse-cheetah-vel": _table_1(
+        "Sparse-Cheetah-Vel",
+        "mixed",
+        [-183.32, -158.95, -150.58, -140.63, -137.31],
+        [40.16, 21.36, 11.75, 11.52, 7.06],
+        "Three seeds, 80 velocities to train on, data of its own; the sparse reward starts at -0.1 per step.",
+    ),
     "focalpp-table-1-walker": _table_1(
         "Walker-2D-Params",
         "mixed",
