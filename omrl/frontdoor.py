@@ -34,6 +34,7 @@ from omrl.algorithms.base import (
     load_model,
     load_tensors,
     save_model,
+    standardized,
 )
 from omrl.core import layout, registry, seeding
 from omrl.core.config import parse
@@ -48,7 +49,7 @@ from omrl.evaluation.evaluate import parse_evaluate, reward_features
 from omrl.evaluation.protocols.base import Run
 from omrl.evaluation.protocols.base import protocol as protocol_module
 from omrl.evaluation.protocols.base import protocols as protocol_names
-from omrl.learning.train import Curve, MetaTrainConfig, make_sampler, spec_of, train
+from omrl.learning.train import Curve, MetaTrainConfig, make_sampler, observation_scale, spec_of, train
 from omrl.nets.experience import Experience
 
 CURVE = "curve.csv"
@@ -215,6 +216,7 @@ def fit(
     seed: int = 0,
     device: str = "auto",
     threads: int = 2,
+    standardize_observations: bool = False,
     **settings: Any,
 ) -> Agent:
     """Meta-train a method on the training tasks of a dataset.
@@ -227,6 +229,7 @@ def fit(
         seed: of weights and draws.
         device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
         threads: of torch; two threads give other bits than one.
+        standardize_observations: the method sees observations with mean 0 and standard deviation 1 in every entry.
         settings: overrides of the method's configuration.
 
     Raises:
@@ -242,6 +245,8 @@ def fit(
         raise UserError(f"fit: {wrong}")
     own_seed = seeding.integer(seed, "meta_train")
     algorithm = build(cls, values, spec, own_seed, device)
+    if standardize_observations:
+        algorithm = standardized(algorithm, *observation_scale(tasks))
     with tempfile.TemporaryDirectory() as scratch:
         sampler = make_sampler(algorithm, {"transitions": tasks}, own_seed)
         done = train(algorithm, sampler, config, Path(scratch) / "state", f"fit {name}")

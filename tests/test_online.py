@@ -65,8 +65,8 @@ def transitions(task: int) -> schema.Columns:
     }  # fmt: skip
 
 
-def make_folder(algorithm: str, overrides: dict[str, Any], optimizers: bool = True) -> None:
-    """Write tasks, code, one dataset and one meta-trained model into the present folder."""
+def make_folder(algorithm: str, overrides: dict[str, Any], optimizers: bool = True, **values: Any) -> None:
+    """Write tasks, code, one dataset and one model, meta-trained with ``values``, into the present folder."""
     write_json("data/tasks/all.json", {"train": [0, 1], "test": [2], "tasks": TASKS})
     write_json(CODE[0], {"fingerprint": "1"})
     files: dict[str, int | None] = {}
@@ -77,7 +77,7 @@ def make_folder(algorithm: str, overrides: dict[str, Any], optimizers: bool = Tr
     write_manifest("data/datasets/expert", kind="dataset", inputs={}, parameters={}, files=files)
     train.build_model(
         name="mine", module=algorithm, overrides=overrides, sources={"transitions": "expert"}, dataset="expert",
-        seed=0, config=TRAINING.model_copy(update={"optimizers": optimizers}), spec=train.spec_of(FAMILY),
+        seed=0, config=TRAINING.model_copy(update={"optimizers": optimizers, **values}), spec=train.spec_of(FAMILY),
         inference="dense", code=CODE, target="data/models/mine/expert/0",
     )  # fmt: skip
 

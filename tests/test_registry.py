@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from batches import two_goals
 from gymnasium.utils.env_checker import check_env
 
 from omrl import experiment
-from omrl.algorithms.base import Algorithm, Phase, Spec, create, load_model, save_model
+from omrl.algorithms.base import Algorithm, Phase, Spec, create, load_model, save_model, standardized
 from omrl.core import registry
 from omrl.core.config import parse
 from omrl.core.errors import UserError
@@ -30,7 +31,7 @@ from omrl.envs.base import Family, load_family
 from omrl.envs.simulate import Episodes, episodes
 from omrl.evaluation.contexts import offline_belief
 from omrl.evaluation.protocols.base import Run, protocol
-from omrl.learning.train import MetaTrainConfig, Position, make_sampler, train
+from omrl.learning.train import MetaTrainConfig, Position, make_sampler, observation_scale, train
 from omrl.nets.experience import Experience
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -249,6 +250,47 @@ def test_a_saved_model_acts_alike_and_inside_the_box(name, tmp_path):
             assert torch.equal(action, algorithm.act(believes(algorithm, data), s))
     prior = algorithm.prior(2)
     assert torch.equal(loaded.act(loaded.prior(2), torch.zeros(2, 2)), algorithm.act(prior, torch.zeros(2, 2)))
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_behind_a_scale_a_method_is_what_it_is_on_standardized_data(name, tmp_path):
+    """Training, contexts, own steps and the saved model: the same bytes as with data that were standardized before."""
+    arm, data = ARMS[name], two_goals(0, ARMS[name].good)
+    mean, std = observation_scale(data)
+    assert np.allclose(mean, data.observation.reshape(-1, 2).mean(0), atol=1e-6)
+    assert np.allclose(std, data.observation.reshape(-1, 2).std(0) + 1e-3, atol=1e-6)
+    low, wide = np.array(mean, dtype=np.float32), np.array(std, dtype=np.float32)
+
+    def scaled(x: Any) -> Any:
+        return (x - low) / wide
+
+    before = replace(data, observation=scaled(data.observation), next_observation=scaled(data.next_observation))
+    plain = make(arm, **arm.short)
+    behind = standardized(make(arm, **arm.short), mean, std)
+    assert (type(behind).__name__, behind.PROTOCOLS) == (type(plain).__name__, plain.PROTOCOLS)
+    assert type(behind).least_context(behind.config) == type(plain).least_context(plain.config)
+    for algorithm, own in ((plain, before), (behind, data)):
+        fit(algorithm, own, 8, tmp_path / f"state {own is data}")
+    save_model(behind, tmp_path / "model", "mine", arm.module)
+    loaded = load_model(tmp_path / "model", "cpu")
+    assert (loaded.spec.mean, loaded.spec.std) == (tuple(mean), tuple(std))
+    one, two = plain.training_state(), behind.training_state()
+    assert one.keys() == two.keys()
+    assert [key for key in one if one[key].numpy().tobytes() != two[key].numpy().tobytes()] == []
+    raw = torch.full((2, 2), 0.3)
+    near = torch.from_numpy(scaled(raw.numpy()))
+    beliefs = [believes(plain, before), believes(behind, data), believes(loaded, data)]
+    reward = torch.ones(2, 1)
+    for _ in range(2):
+        expected = plain.act(beliefs[0], near)
+        for place, (algorithm, s) in enumerate(((plain, near), (behind, raw), (loaded, raw))):
+            action = algorithm.act(beliefs[place], s)
+            assert torch.equal(action, expected)
+            step = (s[:, None], action[:, None], reward, s[:, None], reward * 0, reward)
+            seen = Experience(*step, task=torch.arange(2), valid=reward)
+            beliefs[place] = algorithm.observe(beliefs[place], seen)
+    fresh, other = behind.untrained(3), plain.untrained(3)
+    assert torch.equal(fresh.act(fresh.prior(2), raw), other.act(other.prior(2), near))
 
 
 @pytest.mark.parametrize("name", FORMS)

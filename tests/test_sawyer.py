@@ -51,11 +51,14 @@ def test_the_script_does_what_the_task_wants(aim):
 def test_no_aim_is_met_where_episodes_start_and_scenes_start_as_their_own():
     batch = FAMILY.batch(TASKS, 2)
     seen = batch.reset([np.random.default_rng(i) for i in range(2 * len(TASKS))])
-    features = np.concatenate([seen[:, :3], seen[:, 4:]], axis=1)
+    opening = np.where(seen[:, 7] == 0, 0, 0.19 - np.abs(seen[:, 7]))
+    features = np.column_stack([seen[:, :3], seen[:, 4:7], opening, seen[:, 8]]).astype(np.float32)
     for i, task in enumerate(TASKS):
         assert (FAMILY.reward(task, seen, seen, seen, features)[1][2 * i : 2 * i + 2] == -1).all()
         np.testing.assert_allclose(seen[2 * i, 4:6], task["object"] or [0, 0], atol=1e-6)
-        assert seen[2 * i, 7] == pytest.approx(0.12 if task["drawer_open"] else 0)
+        handle = task["side"] * (0.07 if task["drawer_open"] else 0.19) if task["drawer"] else 0
+        assert seen[2 * i, 7] == pytest.approx(handle)
+        assert seen[2 * i, 9] == pytest.approx(-0.1 * task["side"] if task["button"] else 0)
 
 
 @pytest.mark.parametrize("aim", [aim for aim in AIMS if aim != "move-hand"])
@@ -64,7 +67,7 @@ def test_a_hand_that_moves_elsewhere_does_not_succeed(aim):
 
 
 def test_absent_parts_are_zeros():
-    for part, entries in (("object", slice(4, 7)), ("drawer", slice(7, 8)), ("button", slice(8, 9))):
+    for part, entries in (("object", slice(4, 7)), ("drawer", slice(7, 8)), ("button", slice(8, 10))):
         task = next(task for task in TASKS if not task[part])
         columns, _ = play(task)
         assert not columns["observation"][:, entries].any()

@@ -267,6 +267,51 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_behind_a_scale_it_decodes_and_learns_on(tmp_path, monkeypatch):
+    """What it collects is kept as the simulator gave it; what is decoded is what the method decodes of scaled steps."""
+    monkeypatch.chdir(tmp_path)
+    make_folder("smac", PAIR, standardize_observations=True)
+    before = load_model("data/models/mine/expert/0", "cpu")
+    found = learn(**SELF, updates=1, rounds=1)
+    after = load_model(found, "cpu")
+    assert after.spec == before.spec
+    assert len(after.spec.std) == 2
+    assert any(not torch.equal(x, before.model_state()[name]) for name, x in after.model_state().items())
+    columns = parquet.read_transitions(found / "collected=000.parquet")
+    moved = columns["next_observation"] - columns["observation"]
+    assert np.allclose(moved, 0.1 * columns["action"], atol=1e-6)  # the family's own units
+    assert isinstance(before, online.Decoding)
+    raw = made_batch()["transitions"]
+    context = replace(raw, signal=raw.reward)
+    mean, std = (torch.tensor(x) for x in (before.spec.mean, before.spec.std))
+
+    def scaled(x: Experience) -> Experience:
+        return replace(x, observation=(x.observation - mean) / std, next_observation=(x.next_observation - mean) / std)
+
+    guess, wanted = (
+        method.decode(change(context), change(raw), torch.Generator().manual_seed(0))
+        for method, change in ((before, lambda x: x), (before.inner, scaled))
+    )
+    assert torch.equal(guess, wanted)
+    assert float((guess - before.inner.decode(context, raw, torch.Generator().manual_seed(0))).abs().max()) > 0
+
+
+def test_the_likelihood_clamps_the_datas_actions_to_the_edge():
+    """Actions at the bound weigh as those at the edge do, and those inside as they are."""
+    batch = made_batch()
+    bound = torch.sign(batch["transitions"].action)
+
+    def loss(edge: float, action: torch.Tensor) -> torch.Tensor:
+        algorithm = make(actor="cloning", edge=edge)
+        state = torch.zeros(action.shape[0] * action.shape[1], 2 + algorithm.latent)
+        flat = action.reshape(-1, 2)
+        return algorithm._policy_loss(False, state, flat, torch.ones(len(flat)), flat, flat)
+
+    assert torch.equal(loss(0.9, bound), loss(0.9, 0.95 * bound))
+    assert torch.equal(loss(0.9, bound), loss(0.999999, 0.9 * bound))
+    assert float(loss(0.999999, bound)) > float(loss(0.9, bound))
+
+
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every reward of the simulator NaN."""
 

@@ -373,6 +373,30 @@ def hashes(folder: str) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())}
 
 
+def test_a_cell_with_standardized_observations_keeps_its_scale(pipeline):
+    cell()
+    plain = load_file(f"{TARGET}/model.safetensors")
+    cell(standardize_observations=True)
+    model = load_model(TARGET, "cpu")
+    seen = TaskData.load("data/datasets/expert", read_json("data/tasks/all.json")["train"]).observation
+    assert np.allclose(model.spec.mean, seen.mean((0, 1)), rtol=1e-5)
+    assert np.allclose(model.spec.std, seen.std((0, 1)) + 1e-3, rtol=1e-5)
+    assert any(not torch.equal(x, plain[name]) for name, x in model.model_state().items())
+
+
+@pytest.mark.parametrize(
+    "values", [{"std": [1.0]}, {"std": [0.0, 1.0]}, {"std": ["1", 1]}, {"mean": []}, {"std": "12", "mean": "12"}]
+)
+def test_a_damaged_scale_is_refused(pipeline, values):
+    cell(standardize_observations=True)
+    about = read_json(f"{TARGET}/config.json")
+    about["spec"] |= values
+    write_json(f"{TARGET}/config.json", about)
+    Path(f"{TARGET}/manifest.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json: spec\.(mean|std).*expected"):
+        load_model(TARGET, "cpu")
+
+
 def test_a_cell_is_whole_and_tells_what_it_is(pipeline):
     cell()
     assert sorted(hashes(TARGET)) == ["config.json", "curve.csv", "manifest.json", "model.safetensors"]

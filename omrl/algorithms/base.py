@@ -14,7 +14,8 @@ Training is a list of phases; a phase says what one update draws, and the sample
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -51,6 +52,8 @@ class Spec:
         horizon: steps of a test episode.
         tasks: training tasks.
         varies: what tasks differ in.
+        mean, std: of every entry of an observation, by which observations are standardized before the method sees them
+            (``Standardized``); empty where it sees them as they are.
     """
 
     observation: int
@@ -59,6 +62,8 @@ class Spec:
     horizon: int = 20
     tasks: int = 1
     varies: str = "reward"
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
 
     @property
     def context(self) -> int:
@@ -240,6 +245,10 @@ class Algorithm(abc.ABC):
 
     # --- state -------------------------------------------------------------------------------------------------
 
+    def untrained(self, seed: int) -> Algorithm:
+        """Return another object of the same configuration, with weights and draws of ``seed``."""
+        return build(type(self), self.config, self.spec, seed, self.device.type)
+
     @abc.abstractmethod
     def modules(self) -> dict[str, torch.nn.Module]:
         """Return the parts whose parameters and buffers are the model."""
@@ -385,6 +394,160 @@ class PosteriorAlgorithm(ContextAlgorithm):
         return z
 
 
+_CHECKS = ("check", "least_context", "check_pair", "check_online")  # of a method's class
+
+
+class Standardized(Algorithm):
+    """A method behind a scale: it sees observations with mean 0 and standard deviation 1 in every entry.
+
+    Whatever holds observations is standardized on its way in: data, batches, contexts, its own steps. The method
+    itself, whose weights and settings these are, knows nothing of it. ``standardized`` makes one.
+    """
+
+    def __init__(self, inner: Algorithm, spec: Spec) -> None:
+        self.inner = inner
+        self.config, self.spec, self.seed, self.device = inner.config, spec, inner.seed, inner.device
+        self.generator = inner.generator
+        self._scale = np.array([spec.mean, spec.std], dtype=np.float32)
+        self._tensors = torch.from_numpy(self._scale).to(inner.device)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "inner":  # of a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def scaled(self, what: Any) -> Any:
+        """Return experience or data with its observations standardized, also inside a mapping; else ``what``."""
+        if isinstance(what, Experience):
+            mean, std = self._tensors
+            following = (what.next_observation - mean) / std
+            return replace(what, observation=(what.observation - mean) / std, next_observation=following)
+        if isinstance(what, TaskData):
+            mean, std = self._scale
+            following = (what.next_observation - mean) / std
+            return replace(what, observation=(what.observation - mean) / std, next_observation=following, table=None)
+        if isinstance(what, Mapping):
+            return {key: self.scaled(value) for key, value in what.items()}
+        return what
+
+    def columns(self, data: TaskData) -> Mapping[str, NDArray[np.float32]]:
+        """Return the method's columns."""
+        return {} if type(self.inner).columns is Algorithm.columns else self.inner.columns(self.scaled(data))
+
+    def phases(self, steps: int) -> list[Phase]:
+        """Return the method's phases."""
+        return self.inner.phases(steps)
+
+    def online_phase(self, steps: int) -> Phase:
+        """Return the method's phase."""
+        return self.inner.online_phase(steps)
+
+    def begin(self, phase: Phase, data: TaskData) -> Mapping[str, NDArray[np.float32]]:
+        """Prepare for a phase."""
+        return {} if type(self.inner).begin is Algorithm.begin else self.inner.begin(phase, self.scaled(data))
+
+    def update(self, phase: Phase, batch: Mapping[str, Experience]) -> dict[str, Tensor]:
+        """Take one gradient step."""
+        return self.inner.update(phase, self.scaled(batch))
+
+    def context_draw(self, transitions: int) -> Draw:
+        """Return the method's draw."""
+        return self.inner.context_draw(transitions)
+
+    def prior(self, tasks: int, rng: torch.Generator | None = None) -> Belief:
+        """Return the method's prior."""
+        return self.inner.prior(tasks, rng)
+
+    def adapt(self, belief: Belief, context: Experience) -> Belief:
+        """Return the belief after a bag of experience."""
+        return self.inner.adapt(belief, self.scaled(context))
+
+    def sample(self, belief: Belief, rng: torch.Generator) -> Belief:
+        """Return a belief without doubt."""
+        return self.inner.sample(belief, rng)
+
+    def observe(self, belief: Belief, step: Experience) -> Belief:
+        """Return the belief after a step of one's own."""
+        return self.inner.observe(belief, self.scaled(step))
+
+    def act(self, belief: Belief, observation: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """Return the method's actions."""
+        mean, std = self._tensors
+        return self.inner.act(belief, (observation - mean) / std, rng)
+
+    def embedding(self, belief: Belief) -> Tensor | None:
+        """Return the method's embedding."""
+        return self.inner.embedding(belief)
+
+    def fine_tune(self, draw: Callable[[Phase], Mapping[str, Experience]], steps: int, context: Experience) -> Belief:
+        """Go on learning in one task."""
+        return self.inner.fine_tune(lambda phase: self.scaled(draw(phase)), steps, self.scaled(context))
+
+    def untrained(self, seed: int) -> Algorithm:
+        """Return another object of the same configuration behind the same scale."""
+        return standardized(self.inner.untrained(seed), self.spec.mean, self.spec.std)
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Return the method's parts."""
+        return self.inner.modules()
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Return the method's optimizers."""
+        return self.inner.optimizers()
+
+    def generators(self) -> dict[str, torch.Generator]:
+        """Return the method's random streams."""
+        return self.inner.generators()
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Return the method's tensors."""
+        return self.inner.model_state()
+
+    def load_model_state(self, state: dict[str, Tensor]) -> None:
+        """Take the method's tensors."""
+        self.inner.load_model_state(state)
+
+    def training_state(self) -> dict[str, Tensor]:
+        """Return everything that continuing needs."""
+        return self.inner.training_state()
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """Take what ``training_state`` returned."""
+        self.inner.load_training_state(state)
+
+
+def standardized(algorithm: Algorithm, mean: Sequence[float], std: Sequence[float]) -> Algorithm:
+    """Return a method behind a scale of observations, called as it was.
+
+    Methods of its own beyond the interface, such as SMAC's ``decode``, are there too: experience is standardized on its
+    way in, bare tensors are passed as they are.
+
+    Args:
+        algorithm: the method.
+        mean, std: of every entry of an observation; ``std`` above 0.
+    """
+    cls = type(algorithm)
+
+    def forward(name: str) -> Callable[..., Any]:
+        def call(self: Standardized, *given: Any, **named: Any) -> Any:
+            values = [self.scaled(x) for x in given]
+            return getattr(self.inner, name)(*values, **{key: self.scaled(x) for key, x in named.items()})
+
+        return call
+
+    own = {
+        name: forward(name)
+        for name in dir(cls)
+        if not name.startswith("_") and not hasattr(Algorithm, name) and callable(getattr(cls, name))
+    }
+    if cls.observe is Algorithm.observe:  # the harness makes no step's experience for nothing
+        own["observe"] = Algorithm.observe
+    about: dict[str, Any] = {name: getattr(cls, name) for name in ("CONFIG", "PROTOCOLS", "__doc__", "__module__")}
+    checks = {name: staticmethod(getattr(cls, name)) for name in _CHECKS}
+    made: type[Standardized] = type(cls.__name__, (Standardized,), {**own, **about, **checks})
+    return made(algorithm, replace(algorithm.spec, mean=tuple(mean), std=tuple(std)))
+
+
 def algorithm_module(name: str, where: str = "") -> ModuleType:
     """Return the module of a method: one of ours, of an installed plug-in, or ``package.module``.
 
@@ -430,13 +593,17 @@ def create(
 
 
 def build(method: type[Algorithm], config: Config, spec: Spec, seed: int, device: str = "auto") -> Algorithm:
-    """Return ``method(config, spec, seed, device)``: the same weights however many threads this process may use."""
+    """Return ``method(config, spec, seed, device)``, behind the scale that ``spec`` has, if any.
+
+    Its weights are the same however many threads this process may use.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # orthogonal weights have other bits with two
     try:
-        return method(config, spec, seed, device)
+        made = method(config, replace(spec, mean=(), std=()), seed, device)
     finally:
         torch.set_num_threads(threads)
+    return standardized(made, spec.mean, spec.std) if spec.std else made
 
 
 def save_model(algorithm: Algorithm, folder: str | Path, name: str, module: str) -> None:
@@ -507,6 +674,13 @@ def _check_widths(spec: Spec, config: Path, path: Path) -> None:
                 f"{config}: spec.{key} = {shown(value)}: expected a width of 1..{widest}, the largest in {path.name}; "
                 f"{hint}"
             )
+    for key, least in (("mean", -math.inf), ("std", 0.0)):
+        value = getattr(spec, key)
+        numbers = isinstance(value, list | tuple) and all(isinstance(x, int | float) for x in value)
+        if not numbers or len(value) != len(spec.std) or any(not least < x < math.inf for x in value):
+            raise UserError(f"{config}: spec.{key} = {shown(value)}: expected a number per entry, or none; {hint}")
+    if len(spec.std) not in (0, spec.observation):
+        raise UserError(f"{config}: spec.std: expected {spec.observation} numbers, one per entry, or none; {hint}")
 
 
 def load_tensors(algorithm: Algorithm, path: Path) -> None:

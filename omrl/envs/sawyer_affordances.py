@@ -3,20 +3,21 @@
 Modeled on SMAC's manipulation domain (Pong et al. 2022, App. C), whose release simulates a Sawyer in PyBullet.
 This scene is our own, in MuJoCo, and numbers are not comparable with the paper's. It differs: the hand hangs on
 three slide joints (no arm, no rotation) with velocity servos, so that an action is a velocity, not a position
-delta (full speed covers the same 0.05 m per step); one drawer, where SMAC has two; no second small object; hence
-9 observed numbers for 13 and six aims for nine; a dense reward besides, which is ours.
+delta (full speed covers the same 0.05 m per step); one drawer, where SMAC has two; no second small object; six
+aims for nine; 10 observed numbers, the side of the button among them, for 13; a dense reward besides, which is ours.
 
-Observation (9, float32):
+Observation (10, float32):
 
 | entries | what | unit | range |
 |---|---|---|---|
 | 0-2 | hand (between the fingertips) x, y, z; the table is z = 0 | m | about [0.45, 0.9], [-0.25, 0.25], [0.01, 0.3] |
 | 3 | distance of the fingers | m | about [0, 0.08] |
 | 4-6 | object x, y, z; 0 where absent | m | unbounded |
-| 7 | opening of the drawer; 0 where absent | m | about [0, 0.12] |
+| 7 | the drawer's handle y; 0 where absent | m | about [0.07, 0.19] to one side, the negative of it to the other |
 | 8 | depth of the button; 0 where absent | m | about [0, 0.02] |
+| 9 | the button's y; 0 where absent | m | 0.1 or -0.1 |
 
-The tray, the side of drawer and button, and the aim are not observed.
+The tray and the aim are not observed.
 
 Action (4, float32, [-1, 1]): velocity of the hand along x, y, z as a fraction of 1 m/s; fingers, 1 open, -1 closed.
 
@@ -156,10 +157,10 @@ class SawyerAffordances(MujocoFamily):
     name = "sawyer-affordances"
     env_id = "OMRL/SawyerAffordances-v0"
     CONFIG = SawyerConfig
-    observation_size = 9
+    observation_size = 10
     action_size = 4
     feature_size = 8
-    derived_size = 3  # are object, drawer and button there?
+    derived_size = 5  # are object, drawer and button there; side of the drawer, y of the button
     frame_skip = 10
     horizon = 75
     varies = "dynamics"  # and the reward: scene and aim
@@ -228,20 +229,24 @@ class SawyerAffordances(MujocoFamily):
         return np.concatenate([qpos, np.zeros(model.nv)])
 
     def derive(self, model: mujoco.MjModel, data: mujoco.MjData) -> Doubles:
-        """Return 1 for object, drawer and button where they are there, else 0."""
+        """Return 1 for object, drawer and button where they are there, else 0; side of the drawer, y of the button."""
         found = [model.body(name).pos[0] < _AWAY for name in ("object", "drawer", "button")]
-        return np.array(found, dtype=np.float64)
+        sides = [np.sign(model.body("drawer").pos[1]), model.body("button").pos[1]]
+        return np.array([*found, *sides], dtype=np.float64)
 
     def _parts(self, physics: Physics, there: Doubles) -> tuple[Doubles, Doubles, Doubles]:
         """Return hand [B, 3], object [B, 3], opening and depth [B, 2]; 0 where absent."""
         hand = physics.qpos[:, _HAND] + np.array(_HOME)
-        return hand, physics.qpos[:, _BODY] * there[:, :1], physics.qpos[:, [_DRAWER, _BUTTON]] * there[:, 1:]
+        return hand, physics.qpos[:, _BODY] * there[:, :1], physics.qpos[:, [_DRAWER, _BUTTON]] * there[:, 1:3]
 
     def observe(self, physics: Physics, late: Physics) -> Array:
-        """Return hand, fingers, object, opening and depth."""
-        hand, item, fixtures = self._parts(physics, late.derived)
+        """Return hand, fingers, object, handle, depth and button."""
+        there = late.derived
+        hand, item, fixtures = self._parts(physics, there)
         fingers = physics.qpos[:, _FINGERS].sum(axis=1, keepdims=True)
-        return np.concatenate([hand, fingers, item, fixtures], axis=1).astype(np.float32)
+        handle = there[:, 1:2] * there[:, 3:4] * (_DRAWER_Y - fixtures[:, :1])
+        button = there[:, 2:3] * there[:, 4:5]
+        return np.concatenate([hand, fingers, item, handle, fixtures[:, 1:], button], axis=1).astype(np.float32)
 
     def features(self, motion: Motion) -> Array:
         """Return hand, object, opening and depth, float32 [B, 8]."""
@@ -328,7 +333,7 @@ class ScriptedCollector:
             above = np.abs(hand - spot)[:2].max() < 0.015
             return _towards(hand, spot - [0, 0, 0.11] if above else spot, -1.0)
         if skill in ("open-drawer", "close-drawer"):
-            handle = np.array([_FIXTURES_X, task["side"] * (_DRAWER_Y - seen[7]), _HANDLE_Z])
+            handle = np.array([_FIXTURES_X, seen[7], _HANDLE_Z])
             wanted = _OPEN + 0.02 if skill == "open-drawer" else -0.02
             goal = handle * [1, 0, 1] + [0, task["side"] * (_DRAWER_Y - wanted), 0]
             return _carry(hand, fingers, handle, goal, 0.016, lift=0.0)

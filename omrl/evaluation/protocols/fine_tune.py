@@ -84,7 +84,7 @@ class Learner:
 
     def __init__(self, run: Run, place: int, context: NDArray[np.int64], seed: int) -> None:
         model, self.config, self.seed = run.algorithm, run.config, seed
-        self.algorithm: Algorithm = type(model)(model.config, model.spec, seed, model.device.type)
+        self.algorithm: Algorithm = model.untrained(seed)
         self.algorithm.load_model_state(model.model_state())
         self.inference = run.data.inference
         data = run.data.of([place])
