@@ -296,22 +296,6 @@ def test_behind_a_scale_it_decodes_and_learns_on(tmp_path, monkeypatch):
     assert float((guess - before.inner.decode(context, raw, torch.Generator().manual_seed(0))).abs().max()) > 0
 
 
-def test_the_likelihood_clamps_the_datas_actions_to_the_edge():
-    """Actions at the bound weigh as those at the edge do, and those inside as they are."""
-    batch = made_batch()
-    bound = torch.sign(batch["transitions"].action)
-
-    def loss(edge: float, action: torch.Tensor) -> torch.Tensor:
-        algorithm = make(actor="cloning", edge=edge)
-        state = torch.zeros(action.shape[0] * action.shape[1], 2 + algorithm.latent)
-        flat = action.reshape(-1, 2)
-        return algorithm._policy_loss(False, state, flat, torch.ones(len(flat)), flat, flat)
-
-    assert torch.equal(loss(0.9, bound), loss(0.9, 0.95 * bound))
-    assert torch.equal(loss(0.9, bound), loss(0.999999, 0.9 * bound))
-    assert float(loss(0.999999, bound)) > float(loss(0.9, bound))
-
-
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every reward of the simulator NaN."""
 

@@ -59,7 +59,7 @@ Known failures:
   after 2,000 updates; 48 with ``critic_layer_norm``, which bounds what a critic can promise, and 52 after 4,000.
 * Logs of policies that go straight to their goals say little about where to look next: few rows stand where there is
   no reward and leave, and a second episode knows the goal. After a first one that found nothing the policy gives up.
-  ``policy_context`` adds relabelled rows, which helped with one of two seeds; the README there has the figures.
+  ``policy_context`` adds relabelled rows: the first episode got better and the second not; its README has figures.
 * The decoder knows rewards alone, so tasks that differ in dynamics are told apart by nothing.
 * A belief that reads more episodes than ``episodes`` is outside of what was trained.
 """

@@ -216,9 +216,10 @@ class PromptDt(Algorithm):
 
     def begin(self, phase: Phase, data: TaskData) -> Mapping[str, NDArray[np.float32]]:
         """Take the scales of observations and returns from the training data; a trained model keeps its own."""
-        net, whole = self.net, self.columns(data)["whole"]
+        net = self.net
         if net.updates:
             return {}
+        whole = self.columns(data)["whole"]
         flat = data.observation.reshape(-1, data.observation.shape[-1])
         for buffer, value in (
             (net.mean, flat.mean(axis=0, dtype=np.float64)),

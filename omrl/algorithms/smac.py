@@ -57,6 +57,7 @@ from omrl.nets.generative import diagonal_kl, posterior
 from omrl.nets.mlp import Mlp, Policy
 
 ONLINE = "self-supervised"
+_EDGE = 0.999999  # data actions are clamped to it before atanh
 
 
 class SmacConfig(Config):
@@ -82,7 +83,6 @@ class SmacConfig(Config):
         online_q_weight: of -min Q in the self-supervised phase (lambda_pearl: 1, Sawyer 0).
         entropy: weight of log pi in the target and beside -min Q.
         second_z: a' follows a z of its own.
-        edge: data's actions are clamped to +-edge in the actor's likelihood; released: 0.999999, whose atanh is 7.25.
         actor_critic: which critic -min Q is of: before (``old``) or after (``new``) this update's step.
         meta_batch: tasks per update, drawn with replacement.
         rl_batch: rows per task for actor, critic and decoder.
@@ -111,7 +111,6 @@ class SmacConfig(Config):
     online_q_weight: Annotated[float, Field(ge=0)] = 1.0
     entropy: Annotated[float, Field(ge=0)] = 0.0
     second_z: bool = True
-    edge: Annotated[float, Field(gt=0, lt=1)] = 0.999999
     actor_critic: Literal["old", "new"] = "new"
     meta_batch: Annotated[int, Field(ge=1, le=1024)] = 4
     rl_batch: Annotated[int, Field(ge=1, le=16384)] = 128
@@ -286,7 +285,7 @@ class Smac(PosteriorAlgorithm):
         loss = state.new_zeros(())
         if c.actor != "sac":
             mean, log_std = self.policy(state)
-            loss = -(weights * log_prob(mean, log_std, torch.atanh(data.clamp(-c.edge, c.edge)))).mean()
+            loss = -(weights * log_prob(mean, log_std, torch.atanh(data.clamp(-_EDGE, _EDGE)))).mean()
         by_value = {"sac": 1.0, "cloning": 0.0, "awac": c.online_q_weight if online else 0.0}[c.actor]
         if by_value:
             with held_still(self.q):

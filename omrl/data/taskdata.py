@@ -205,8 +205,8 @@ class TaskData:
         following[rows + 1 >= self.end] = np.nan
         if np.isnan(following).all():
             raise UserError(
-                "params.yaml: regularization.value_penalty at the next state needs the data's next actions, and these "
-                "data are single rows; expected whole episodes (relabel.<name>.unit: episode), or value_penalty: false"
+                "a method asks for the data's next actions (regularization.value_penalty at the next state), and these "
+                "data are single rows; expected whole episodes, as relabel.<name>.unit: episode makes them"
             )
         return following
 
